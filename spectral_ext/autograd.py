@@ -1,0 +1,114 @@
+"""Forward, backward and double backward of many layers as one autograd node.
+
+The forward is computed without gradient first and attached to the graph afterwards, so that a part of
+a computation can have a node of its own: one bucket of layers, or one layer that is asked for later.
+
+A node saves its outputs ``Y`` and σ and the vectors ``u``, ``v`` of its forward; never the weights. An
+optimizer step between two backwards of one graph therefore breaks nothing. σ is an output of the node
+and not a constant, because a backward written in terms of a constant σ has a wrong second derivative.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, reference
+from .layout import empty_saved, matrix_shape
+
+__all__ = ["Computation", "Settings", "attach", "compute"]
+
+
+class Settings(NamedTuple):
+    """The settings of all layers of a call, a list for each kind as the operators take them."""
+
+    dims: list[int]
+    n_power_iterations: list[int]
+    eps: list[float]
+    v_first: list[bool]
+
+    def select(self, indices: list[int]) -> "Settings":
+        """Return the settings of some of the layers."""
+        return Settings(*([column[i] for i in indices] for column in self))
+
+
+@dataclass(slots=True)
+class Computation:
+    """The results of one forward call, not attached to any graph."""
+
+    backend: Backend
+    dims: list[int]
+    outputs: list[Tensor]
+    saved: Tensor
+    sigmas: Tensor
+
+    def narrow(self, start: int, stop: int) -> "Computation":
+        """Return the part for layers ``start`` to ``stop``; the tensors are views."""
+        sizes = [sum(matrix_shape(y, d)) for y, d in zip(self.outputs, self.dims, strict=True)]
+        first, size = sum(sizes[:start]), sum(sizes[start:stop])
+        return Computation(
+            self.backend,
+            self.dims[start:stop],
+            self.outputs[start:stop],
+            self.saved[first : first + size],
+            self.sigmas[start:stop],
+        )
+
+
+@torch.no_grad()
+def compute(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    settings: Settings,
+    update: bool,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> Computation:
+    """Normalize all layers in one call of the backend, without gradient.
+
+    ``dtype`` is the common compute dtype of the layers (:func:`spectral_ext.layout.compute_dtype`).
+    """
+    outputs = backend.empty_like(weights)
+    saved = empty_saved(weights, settings.dims, dtype)
+    sigmas = torch.empty(len(weights), dtype=dtype, device=saved.device)
+    backend.forward_(weights, us, vs, outputs, saved, sigmas, *settings, update)
+    return Computation(backend, settings.dims, outputs, saved, sigmas)
+
+
+class _SpectralNormalize(torch.autograd.Function):
+    """``weights -> (outputs…, sigmas)``, whose values are those of a computation made before."""
+
+    @staticmethod
+    def forward(computation: Computation, *weights: Tensor) -> tuple[Tensor, ...]:
+        return (*[y.detach() for y in computation.outputs], computation.sigmas.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        computation = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.backend = computation.backend
+        ctx.dims = computation.dims
+        ctx.save_for_backward(*output, computation.saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *grad_outputs, grad_sigmas = grads
+        *outputs, sigmas, saved = ctx.saved_tensors
+        mask = [
+            needed and not (grad is None and grad_sigmas is None)
+            for needed, grad in zip(ctx.needs_input_grad[1:], grad_outputs, strict=True)
+        ]
+        # A gradient that is itself differentiated is made of torch operations, on any backend.
+        backend = reference if torch.is_grad_enabled() else ctx.backend
+        found = iter(
+            backend.backward(grad_outputs, grad_sigmas, outputs, saved, sigmas, ctx.dims, mask)
+        )
+        return (None, *(next(found) if wanted else None for wanted in mask))
+
+
+def attach(weights: list[Tensor], computation: Computation) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs and sigmas of a computation as differentiable functions of ``weights``."""
+    *outputs, sigmas = _SpectralNormalize.apply(computation, *weights)
+    return outputs, sigmas

@@ -1,0 +1,110 @@
+"""The registry of backends: which exist, which can run here, and which one a call gets.
+
+A backend is a module of this package with four functions, the interface :class:`Backend`. It knows
+tensors and lists; it knows nothing of autograd or modules.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "names", "select", "unavailable"]
+
+ENVIRONMENT_VARIABLE = "SPECTRAL_EXT_BACKEND"
+
+# For each device type the backends that `auto` tries, best first. `reference` runs on any device.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+class Backend(Protocol):
+    """What a backend module offers. The three operators have the schemas of :mod:`spectral_ext.ops`."""
+
+    def unavailable(self, device: torch.device | None) -> str | None:
+        """Return None if it can run (on ``device``, if given), else the reason in words."""
+
+    def empty_like(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return uninitialized outputs with the shapes, dtypes and strides of ``weights``."""
+
+    def forward_(
+        self,
+        weights: Sequence[Tensor],
+        us: Sequence[Tensor],
+        vs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        saved: Tensor,
+        sigmas: Tensor,
+        dims: Sequence[int],
+        n_power_iterations: Sequence[int],
+        eps: Sequence[float],
+        v_first: Sequence[bool],
+        update: bool,
+    ) -> None:
+        """Normalize all layers into ``outputs``; write ``us``, ``vs``, ``saved`` and ``sigmas``."""
+
+    def backward(
+        self,
+        grad_outputs: Sequence[Tensor | None],
+        grad_sigmas: Tensor | None,
+        outputs: Sequence[Tensor],
+        saved: Tensor,
+        sigmas: Tensor,
+        dims: Sequence[int],
+        mask: Sequence[bool],
+    ) -> list[Tensor]:
+        """Return the gradients of the weights for which ``mask`` is true."""
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, whether they can run here or not."""
+    return _NAMES
+
+
+@cache
+def _load(name: str) -> Backend | None:
+    """Import the module of a backend; None where this version of the package has none."""
+    module = f"{__name__}.{name}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    return cast(Backend, importlib.import_module(module))
+
+
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return None if backend ``name`` can run (on ``device``, if given), else the reason in words."""
+    backend = _load(name)
+    if backend is None:
+        return "this version of spectral_ext does not have it yet"
+    return backend.unavailable(device)
+
+
+def select(name: str | None, device: torch.device) -> Backend:
+    """Return the backend for tensors on ``device``.
+
+    Args:
+        name: one of :func:`names`, or ``auto``; None means the environment variable
+            ``SPECTRAL_EXT_BACKEND``, or ``auto``. ``auto`` takes the best that can run, at worst
+            ``reference``; any other name is taken at its word.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend cannot run on ``device``; the message says why.
+    """
+    return _select(name or os.environ.get(ENVIRONMENT_VARIABLE) or "auto", device)
+
+
+@cache
+def _select(name: str, device: torch.device) -> Backend:
+    if name == "auto":
+        candidates = (*_PREFERENCE.get(device.type, ()), "reference")
+        name = next(candidate for candidate in candidates if unavailable(candidate, device) is None)
+    elif name not in _NAMES:
+        raise ValueError(f"backend={name!r} is unknown; expected auto, {', '.join(_NAMES)}")
+    elif (reason := unavailable(name, device)) is not None:
+        raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")
+    return cast(Backend, _load(name))

@@ -1,0 +1,26 @@
+"""The native CPU backend: C++ kernels registered for ``spectral_ext::*`` in ``csrc/ops.cpp``."""
+
+import torch
+
+from .. import ops  # noqa: F401  (the schemas come first)
+
+try:
+    from .. import _C
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR = error
+
+__all__ = ["backward", "empty_like", "forward_", "unavailable"]
+
+empty_like = torch.ops.spectral_ext.empty_like.default
+forward_ = torch.ops.spectral_ext.forward_.default
+backward = torch.ops.spectral_ext.backward.default
+
+
+def unavailable(device: torch.device | None) -> str | None:
+    """Return None if it can run on ``device``, else why not."""
+    if _C is None:
+        return f"the native library is not there ({_IMPORT_ERROR}); install with a C++ compiler"
+    if device is not None and device.type != "cpu":
+        return f"it computes on CPU tensors, not on {device.type}"
+    return None

@@ -1,0 +1,83 @@
+"""The reference backend: :mod:`spectral_ext.reference` applied to one layer after another."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..layout import split_saved
+
+__all__ = ["backward", "empty_like", "forward_", "unavailable"]
+
+
+def unavailable(device: torch.device | None) -> str | None:
+    """Return None: plain torch runs wherever torch runs."""
+    return None
+
+
+def empty_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return uninitialized outputs with the shapes and strides of ``weights``."""
+    return [torch.empty_like(weight) for weight in weights]
+
+
+@torch.no_grad()
+def forward_(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    sigmas: Tensor,
+    dims: Sequence[int],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    v_first: Sequence[bool],
+    update: bool,
+) -> None:
+    """Normalize all layers; see :data:`spectral_ext.ops.SCHEMAS`."""
+    saved_vectors = split_saved(saved, outputs, dims)
+    for i, (u_saved, v_saved) in enumerate(saved_vectors):
+        result = reference.spectral_normalize(
+            weights[i],
+            us[i],
+            vs[i],
+            n_power_iterations=n_power_iterations[i],
+            eps=eps[i],
+            dim=dims[i],
+            order="v_first" if v_first[i] else "u_first",
+            update=update,
+        )
+        outputs[i].copy_(result.weight)
+        sigmas[i].copy_(result.sigma)
+        u_saved.copy_(result.u)
+        v_saved.copy_(result.v)
+        if update:
+            us[i].copy_(result.u)
+            vs[i].copy_(result.v)
+
+
+def backward(
+    grad_outputs: Sequence[Tensor | None],
+    grad_sigmas: Tensor | None,
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    sigmas: Tensor,
+    dims: Sequence[int],
+    mask: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of the masked weights; differentiable, unlike the native ones."""
+    saved_vectors = split_saved(saved, outputs, dims)
+    return [
+        reference.backward(
+            grad_outputs[i],
+            None if grad_sigmas is None else grad_sigmas[i],
+            outputs[i],
+            sigmas[i],
+            u,
+            v,
+            dim=dims[i],
+        )
+        for i, (u, v) in enumerate(saved_vectors)
+        if mask[i]
+    ]

@@ -1,0 +1,223 @@
+"""Spectral normalization of a list of weights: the typed, validated list API."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autograd import Computation, Settings, attach, compute
+from .backends import select
+from .layout import compute_dtype
+from .reference import Order
+from .validation import check_layer, check_lists, check_overlap, check_settings, check_weight
+
+__all__ = ["spectral_normalize"]
+
+
+def spectral_normalize(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor | None],
+    vs: Sequence[Tensor | None],
+    *,
+    n_power_iterations: int | Sequence[int] = 1,
+    eps: float | Sequence[float] = 1e-12,
+    dims: int | Sequence[int] | None = None,
+    order: Order | Sequence[Order] = "u_first",
+    update: bool = True,
+    backend: str | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Divide every weight by its largest singular value, all in one native call.
+
+    Settings may be one value for all layers or a sequence with one value for each.
+
+    Args:
+        weights: tensors of any shape, floating point or complex dtype and strides. A dimension must
+            have been left: a 0-D weight has no matrix.
+        us: for each weight its left singular vector, of shape ``(weight.shape[dim],)`` and of the
+            weight's dtype and device; **written in place** when ``update``.
+        vs: for each weight its right singular vector, of shape ``(weight.numel() // len(u),)``.
+        n_power_iterations: steps of the power method, at least 1.
+        eps: smallest divisor of a vector, positive.
+        dims: the dimension that gives a weight's rows: default 0 (1 for ``ConvTranspose`` weights).
+        order: ``"u_first"`` gives the numbers of ``torch.nn.utils.parametrizations.spectral_norm``,
+            ``"v_first"`` those of ``torch.nn.utils.spectral_norm``.
+        update: False keeps ``us`` and ``vs``, as stock does in evaluation.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; None reads the
+            environment variable ``SPECTRAL_EXT_BACKEND`` and defaults to ``"auto"``.
+
+    Returns:
+        The normalized weights, with the shapes, dtypes and strides of ``weights``, and one 1-D tensor
+        with every σ: float64 if a weight is, else float32. Both are differentiable; ``u`` and ``v``
+        count as constants, as in Miyato et al. (2018), equation (11).
+
+        A 1-D weight under ``u_first`` is divided by its norm as in stock; its ``u`` and ``v`` are not
+        looked at and may be None. A weight whose σ is exactly 0 is passed through, where stock
+        gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Nothing was written.
+        RuntimeError: the backend cannot run, or memory of ``us`` and ``vs`` overlaps.
+    """
+    count = len(weights) if isinstance(weights, (list, tuple)) else 0
+
+    def spread(value: object) -> list:
+        return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+    iterations, epsilons, orders = spread(n_power_iterations), spread(eps), spread(order)
+    dims = spread(0 if dims is None else dims)
+    check_lists(
+        weights, us=us, vs=vs, dims=dims, n_power_iterations=iterations, eps=epsilons, order=orders
+    )
+    for i, weight in enumerate(weights):
+        name = f"weights[{i}]"
+        check_settings(name, iterations[i], epsilons[i], orders[i])
+        dims[i] = check_weight(name, weight, dims[i])
+        if not _is_vector(weight, orders[i] == "v_first"):
+            check_layer(name, weight, us[i], vs[i], dims[i])
+    check_overlap(us, vs)
+    settings = Settings(dims, iterations, epsilons, [value == "v_first" for value in orders])
+    results = normalize_layers(list(weights), list(us), list(vs), settings, update, backend)
+    return results.normalized, results.sigmas
+
+
+@dataclass(slots=True)
+class Results:
+    """The outcome of :func:`normalize_layers`.
+
+    ``normalized`` and ``sigmas`` are in the graph if gradients were enabled. ``computations`` has
+    for each layer the computation that it was part of and its place there; None where autograd
+    differentiates the reference itself.
+    """
+
+    normalized: list[Tensor]
+    sigmas: Tensor
+    computations: list[tuple[Computation, int] | None]
+
+    def attached(self, index: int, weight: Tensor) -> Tensor | None:
+        """Return the normalized weight of one layer with a graph node of its own."""
+        found = self.computations[index]
+        if found is None:
+            return None
+        computation, place = found
+        with torch.enable_grad():
+            return attach([weight], computation.narrow(place, place + 1))[0][0]
+
+
+def normalize_layers(
+    weights: list[Tensor],
+    us: list[Tensor | None],
+    vs: list[Tensor | None],
+    settings: Settings,
+    update: bool,
+    backend: str | None,
+    bucket_bytes: int | None = None,
+) -> Results:
+    """Normalize layers whose arguments were checked; ``bucket_bytes`` of weights share a graph node.
+
+    Layers of one device and compute dtype go into one call. 1-D weights under ``u_first`` and complex
+    weights are computed by the reference.
+    """
+    kinds = [
+        None
+        if _is_vector(weight, first) or weight.is_complex()
+        else (weight.device, compute_dtype(weight.dtype))
+        for weight, first in zip(weights, settings.v_first, strict=True)
+    ]
+    if None not in kinds and len(set(kinds)) == 1:
+        device, dtype = kinds[0]
+        computation = compute(weights, us, vs, settings, update, select(backend, device), dtype)
+        normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
+        return Results(normalized, sigmas, [(computation, i) for i in range(len(weights))])
+    return _normalize_mixed(kinds, weights, us, vs, settings, update, backend, bucket_bytes)
+
+
+def _is_vector(weight: Tensor, v_first: bool) -> bool:
+    return weight.ndim == 1 and not v_first
+
+
+def _attach_in_buckets(
+    weights: list[Tensor], computation: Computation, bucket_bytes: int | None
+) -> tuple[list[Tensor], Tensor]:
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return computation.outputs, computation.sigmas
+    if bucket_bytes is None:
+        return attach(weights, computation)
+    normalized: list[Tensor] = []
+    sigmas: list[Tensor] = []
+    start, size = 0, 0
+    for stop, weight in enumerate(weights, start=1):
+        size += weight.nbytes
+        if size >= bucket_bytes or stop == len(weights):
+            outputs, sigma = attach(weights[start:stop], computation.narrow(start, stop))
+            normalized += outputs
+            sigmas.append(sigma)
+            start, size = stop, 0
+    return normalized, torch.cat(sigmas)
+
+
+def _normalize_mixed(
+    kinds: list[tuple[torch.device, torch.dtype] | None],
+    weights: list[Tensor],
+    us: list[Tensor | None],
+    vs: list[Tensor | None],
+    settings: Settings,
+    update: bool,
+    backend: str | None,
+    bucket_bytes: int | None,
+) -> Results:
+    """Normalize layers of several kinds, one call for each kind."""
+    count = len(weights)
+    normalized: list = [None] * count
+    sigma: list = [None] * count
+    computations: list[tuple[Computation, int] | None] = [None] * count
+    # Choose every backend before the first call, so that an error leaves all layers as they were.
+    backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
+    for kind, chosen in backends.items():
+        members = [i for i in range(count) if kinds[i] == kind]
+        part = [weights[i] for i in members]
+        computation = compute(
+            part,
+            [us[i] for i in members],
+            [vs[i] for i in members],
+            settings.select(members),
+            update,
+            chosen,
+            kind[1],
+        )
+        outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
+        for place, i in enumerate(members):
+            normalized[i], sigma[i] = outputs[place], sigmas[place]
+            computations[i] = (computation, place)
+    for i in (i for i in range(count) if kinds[i] is None):
+        normalized[i], sigma[i] = _normalize_by_reference(
+            weights[i], us[i], vs[i], settings.select([i]), update
+        )
+    if not count:
+        return Results([], torch.empty(0), [])
+    real = [s.real if s.is_complex() else s for s in sigma]
+    dtype = torch.float64 if any(s.dtype == torch.float64 for s in real) else torch.float32
+    return Results(
+        normalized, torch.stack([s.to(real[0].device, dtype) for s in real]), computations
+    )
+
+
+def _normalize_by_reference(
+    weight: Tensor, u: Tensor | None, v: Tensor | None, settings: Settings, update: bool
+) -> tuple[Tensor, Tensor]:
+    result = reference.spectral_normalize(
+        weight,
+        u,
+        v,
+        n_power_iterations=settings.n_power_iterations[0],
+        eps=settings.eps[0],
+        dim=settings.dims[0],
+        order="v_first" if settings.v_first[0] else "u_first",
+        update=update,
+    )
+    if update and u is not None and v is not None and weight.ndim > 1:
+        with torch.no_grad():
+            u.copy_(result.u)
+            v.copy_(result.v)
+    return result.weight, result.sigma

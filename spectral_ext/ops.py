@@ -1,0 +1,60 @@
+"""Every operator's schema and fake kernel. Backends register their kernels against these.
+
+All layers of a call share one device and one compute dtype: float64 for float64 weights, else float32.
+``saved`` and ``sigmas`` are flat buffers in it. ``saved`` holds ``u`` and ``v`` of every layer as they
+were when σ was taken, one after the other: ``u_0, v_0, u_1, v_1, …``. The backward needs those and not
+the live buffers, which the next forward overwrites.
+
+``forward_`` writes into its arguments and returns nothing, because a mutable operator that also
+returns a list cannot be functionalized by ``torch.compile``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LIBRARY", "SCHEMAS"]
+
+SCHEMAS = {
+    # Uninitialized tensors with the shapes and strides of the weights, from memory that is cheap to write.
+    "empty_like": "(Tensor[] weights) -> Tensor[]",
+    # The forward of all layers. `update` False keeps us and vs as they are, as stock does in evaluation.
+    "forward_": (
+        "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved, "
+        "Tensor(e!) sigmas, int[] dims, int[] n_power_iterations, float[] eps, bool[] v_first, "
+        "bool update) -> ()"
+    ),
+    # The gradients of those weights for which `mask` is true, in order. A missing gradient is zero.
+    "backward": (
+        "(Tensor?[] grad_outputs, Tensor? grad_sigmas, Tensor[] outputs, Tensor saved, Tensor sigmas, "
+        "int[] dims, bool[] mask) -> Tensor[]"
+    ),
+}
+
+LIBRARY = torch.library.Library("spectral_ext", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("spectral_ext::empty_like", lib=LIBRARY)
+def _(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+@torch.library.register_fake("spectral_ext::forward_", lib=LIBRARY)
+def _(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("spectral_ext::backward", lib=LIBRARY)
+def _(
+    grad_outputs: Sequence[Tensor | None],
+    grad_sigmas: Tensor | None,
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    sigmas: Tensor,
+    dims: Sequence[int],
+    mask: Sequence[bool],
+) -> list[Tensor]:
+    return [torch.empty_like(y) for y, wanted in zip(outputs, mask, strict=True) if wanted]
