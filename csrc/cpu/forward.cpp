@@ -1,0 +1,304 @@
+// Power iteration and normalization of many layers.
+//
+// One read of W per iteration: row by row, while the row is in cache, t_r = row·v and s += t_r·row.
+// With t = Mv, s = Mᵀt, d1 = max(‖t‖, eps) this gives u = t/d1, y = s/d1 = Mᵀu, n = ‖y‖,
+// d2 = max(n, eps), v = y/d2 and σ = uᵀMv = n·n/d2: exactly stock's numbers, eps included, from one pass
+// where stock makes three. v_first starts with column sums weighted by u and ends with row dots; its
+// passes between are the same. In evaluation one pass gives σ = Σ u_r t_r.
+//
+// Stages of a layer: for each pass, blocks of rows (then, if columns were summed, chunks of columns that
+// add the blocks up in order); at last, slices of the storage that are divided by σ.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace spectral_ext::cpu {
+namespace {
+
+constexpr int64_t kChunkColumns = 4096;
+constexpr int64_t kMinRows = 32, kMaxRows = 256;
+constexpr int64_t kPackBytes = 128 << 10;
+
+struct Pass {
+  bool dots;  // t = M v
+  bool sums;  // s = Mᵀ t
+};
+
+/// How a layer is cut into items; depends on its shape and settings alone.
+struct Cut {
+  std::vector<Pass> passes;
+  int64_t rows_per_block, blocks, chunks, slice, slices;
+  int64_t rows_per_pack;
+  bool whole;
+
+  Cut(const Layer& layer, bool update) {
+    const Shape& shape = layer.shape;
+    const int64_t columns = shape.columns();
+    const int64_t row_bytes = columns * element_size(layer.dtype);
+    const int64_t bytes = shape.rows * row_bytes;
+    if (!update) {
+      passes = {{true, false}};
+    } else {
+      passes.assign(layer.n_power_iterations, {true, true});
+      if (layer.v_first) {
+        passes.front().dots = false;
+        passes.push_back({true, false});
+      }
+    }
+    whole = bytes <= kWholeBytes;
+    // Wide rows: enough of them to pay for a partial sum. Tall layers: few enough for its precision.
+    const int64_t rows = std::max(ceil_div(kItemBytes, row_bytes), std::min(kMinRows, ceil_div(4 * kItemBytes, row_bytes)));
+    rows_per_block = std::min({shape.rows, kMaxRows, ceil_div(rows, 4) * 4});
+    blocks = ceil_div(shape.rows, rows_per_block);
+    chunks = whole ? 1 : ceil_div(columns, kChunkColumns);
+    slice = whole ? shape.numel() : kItemBytes / element_size(layer.dtype);
+    slices = ceil_div(shape.numel(), slice);
+    rows_per_pack = std::min(rows_per_block, std::max<int64_t>(4, kPackBytes / (columns * 8) / 4 * 4));
+  }
+
+  std::vector<int64_t> stage_sizes() const {
+    std::vector<int64_t> sizes;
+    for (const Pass& pass : passes) {
+      sizes.push_back(blocks);
+      if (pass.sums) sizes.push_back(chunks);
+    }
+    sizes.push_back(slices);
+    return sizes;
+  }
+};
+
+/// The intermediate results of one layer.
+template <class A>
+struct Workspace {
+  A *t, *y, *partial, *scale;
+  double *block_sum, *chunk_sum;
+
+  Workspace(const Layer& layer, const Cut& cut, Arena& arena) {
+    const int64_t columns = layer.shape.columns();
+    t = arena.take<A>(layer.shape.rows);
+    y = arena.take<A>(columns);
+    partial = arena.take<A>(cut.passes.front().sums ? cut.blocks * columns : 0);
+    scale = arena.take<A>(cut.blocks);
+    block_sum = arena.take<double>(cut.blocks);
+    chunk_sum = arena.take<double>(cut.chunks);
+  }
+};
+
+double sum(const double* values, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += values[i];
+  return total;
+}
+
+/// Everything that is done to one layer of element type T.
+template <class T>
+class Forward {
+  using A = compute_t<T>;
+
+ public:
+  Forward(const Layer& layer, const Cut& cut, bool update, bool streaming, Arena workspace,
+          char* scratch)
+      : layer_(layer),
+        cut_(cut),
+        update_(update),
+        streaming_(streaming && !cut.whole),
+        work_(layer, cut, workspace),
+        v_scratch_(reinterpret_cast<A*>(scratch)),
+        packed_(v_scratch_ + layer.shape.columns()) {}
+
+  /// What a thread needs to run items of a layer, in bytes.
+  static int64_t scratch_bytes(const Layer& layer, const Cut& cut) {
+    return layer.shape.columns() * (1 + cut.rows_per_pack) * static_cast<int64_t>(sizeof(A));
+  }
+
+  void run(const Item& item) {
+    if (item.stage >= 0) return run_stage(item.stage, item.index);
+    const auto sizes = cut_.stage_sizes();
+    for (size_t stage = 0; stage < sizes.size(); ++stage) {
+      for (int64_t i = 0; i < sizes[stage]; ++i) run_stage(static_cast<int>(stage), i);
+    }
+  }
+
+ private:
+  void run_stage(int stage, int64_t index) {
+    for (size_t p = 0; p < cut_.passes.size(); ++p) {
+      if (stage-- == 0) return read_block(p, index);
+      if (cut_.passes[p].sums && stage-- == 0) return combine_chunk(p, index);
+    }
+    divide_slice(index);
+  }
+
+  /// One pass over a block of rows.
+  void read_block(size_t p, int64_t block) {
+    const Pass pass = cut_.passes[p];
+    const int64_t columns = layer_.shape.columns();
+    const int64_t begin = block * cut_.rows_per_block;
+    const int64_t end = std::min(layer_.shape.rows, begin + cut_.rows_per_block);
+    const A* v = pass.dots ? current_v(p) : nullptr;
+    A* s = pass.sums ? work_.partial + block * columns : nullptr;
+    if (!pass.dots) {
+      for (int64_t r = begin; r < end; ++r) work_.t[r] = u_at(r);
+    }
+    if (s != nullptr) std::memset(s, 0, static_cast<size_t>(columns) * sizeof(A));
+
+    A scale = pass.dots ? 0 : 1;
+    const bool direct = std::is_same_v<T, A> && layer_.shape.outer == 1;
+    const int64_t step = direct ? end - begin : cut_.rows_per_pack;
+    for (int64_t r = begin; r < end; r += step) {
+      const int64_t count = std::min(step, end - r);
+      const A* rows = packed_;
+      if (direct) {
+        rows = static_cast<const A*>(layer_.weight) + r * columns;
+      } else {
+        kernels_.pack(static_cast<const T*>(layer_.weight), layer_.shape, r, count, packed_);
+      }
+      scale = kernels_.gram(rows, count, columns, v, work_.t + r, s, scale);
+    }
+    work_.scale[block] = scale == 0 ? 1 : scale;
+
+    double total = 0;  // ‖t‖², or σ in evaluation
+    for (int64_t r = begin; r < end; ++r) {
+      const double t = work_.t[r];
+      total += t * (update_ ? t : static_cast<double>(u_at(r)));
+    }
+    work_.block_sum[block] = total;
+  }
+
+  /// Adds the blocks' partial sums of some columns and makes them y = Mᵀu.
+  void combine_chunk(size_t p, int64_t chunk) {
+    const int64_t columns = layer_.shape.columns();
+    const int64_t begin = cut_.chunks == 1 ? 0 : chunk * kChunkColumns;
+    const int64_t end = cut_.chunks == 1 ? columns : std::min(columns, begin + kChunkColumns);
+    // s = Σ partial / scale: bring all blocks to the smallest scale, a power of two, which loses nothing.
+    const A common = *std::min_element(work_.scale, work_.scale + cut_.blocks);
+    const double d1 = cut_.passes[p].dots ? std::max(norm_of_blocks(), layer_.eps) : 1;
+    work_.chunk_sum[chunk] =
+        kernels_.combine(work_.partial + begin, columns, cut_.blocks, work_.scale, common,
+                         static_cast<A>(d1 * static_cast<double>(common)), work_.y + begin, end - begin);
+  }
+
+  /// Divides a slice of the storage by σ; the first slice also writes σ and the vectors.
+  void divide_slice(int64_t slice) {
+    const A sigma = this->sigma();
+    if (slice == 0) write_vectors(sigma);
+    const int64_t begin = slice * cut_.slice;
+    const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
+    kernels_.divide(static_cast<const T*>(layer_.weight) + begin, static_cast<T*>(layer_.output) + begin,
+                    count, sigma == 0 ? A(1) : sigma, streaming_);
+    if (streaming_) kernels_.fence();
+  }
+
+  double norm_of_blocks() const { return std::sqrt(sum(work_.block_sum, cut_.blocks)); }
+  double norm_of_chunks() const { return std::sqrt(sum(work_.chunk_sum, cut_.chunks)); }
+
+  /// ‖Mᵀu‖ or ‖Mv‖, whichever the last pass found: σ before eps.
+  double last_norm() const { return layer_.v_first ? norm_of_blocks() : norm_of_chunks(); }
+
+  A sigma() const {
+    if (!update_) return static_cast<A>(sum(work_.block_sum, cut_.blocks));
+    const double n = last_norm();
+    return static_cast<A>(n * (n / std::max(n, layer_.eps)));
+  }
+
+  /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before found.
+  const A* current_v(size_t p) {
+    const int64_t columns = layer_.shape.columns();
+    if (p == 0) {
+      if (std::is_same_v<T, A> && layer_.shape.column_order.count == 0 && layer_.v_stride == 1) {
+        return static_cast<const A*>(layer_.v);
+      }
+      for_columns(layer_.shape, [&](int64_t c, int64_t place) { v_scratch_[c] = v_at(place); });
+    } else {
+      const A divisor = static_cast<A>(std::max(norm_of_chunks(), layer_.eps));
+      for (int64_t c = 0; c < columns; ++c) v_scratch_[c] = work_.y[c] / divisor;
+    }
+    return v_scratch_;
+  }
+
+  void write_vectors(A sigma) {
+    const Shape& shape = layer_.shape;
+    A *u_saved = static_cast<A*>(layer_.u_saved), *v_saved = static_cast<A*>(layer_.v_saved);
+    *static_cast<A*>(layer_.sigma) = sigma;
+    if (!update_ || sigma == 0) {  // the vectors stay; a σ of zero has none
+      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r);
+      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c);
+      return;
+    }
+    const A u_divisor =
+        static_cast<A>(std::max(layer_.v_first ? last_norm() : norm_of_blocks(), layer_.eps));
+    const A v_divisor = static_cast<A>(std::max(norm_of_chunks(), layer_.eps));
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      u_saved[r] = work_.t[r] / u_divisor;
+      static_cast<T*>(layer_.u)[r * layer_.u_stride] = from_compute<T>(u_saved[r]);
+    }
+    for_columns(shape, [&](int64_t c, int64_t place) {
+      v_saved[place] = work_.y[c] / v_divisor;
+      static_cast<T*>(layer_.v)[place * layer_.v_stride] = from_compute<T>(v_saved[place]);
+    });
+  }
+
+  A u_at(int64_t i) const { return to_compute(static_cast<const T*>(layer_.u)[i * layer_.u_stride]); }
+  A v_at(int64_t i) const { return to_compute(static_cast<const T*>(layer_.v)[i * layer_.v_stride]); }
+
+  const Kernels<T>& kernels_ = kernels<T>();
+  const Layer& layer_;
+  const Cut& cut_;
+  const bool update_, streaming_;
+  const Workspace<A> work_;
+  A* const v_scratch_;
+  A* const packed_;
+};
+
+}  // namespace
+
+void forward(const std::vector<Layer>& layers, bool update, int threads,
+             Schedule::ParallelFor parallel_for) {
+  std::vector<Cut> cuts;
+  cuts.reserve(layers.size());
+  Schedule schedule;
+  int64_t bytes = 0, scratch_bytes = 0;
+  for (const Layer& layer : layers) {
+    const Cut& cut = cuts.emplace_back(layer, update);
+    schedule.add_layer(cut.stage_sizes(), cut.whole, static_cast<int>(cut.stage_sizes().size()) - 1);
+    bytes += layer.shape.numel() * element_size(layer.dtype);
+    dispatch(layer.dtype, [&](auto element) {
+      scratch_bytes = std::max(scratch_bytes, Forward<decltype(element)>::scratch_bytes(layer, cut));
+    });
+  }
+  const int workers = bytes <= kSerialBytes ? 1 : threads;
+
+  // The workspaces of all layers and one scratch for each worker, in one allocation.
+  const auto place = [&](char* base, std::vector<Arena>* workspaces) {
+    Arena arena(base);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (workspaces != nullptr) workspaces->push_back(arena);
+      dispatch(layers[i].dtype, [&](auto element) {
+        Workspace<compute_t<decltype(element)>>(layers[i], cuts[i], arena);
+      });
+    }
+    return arena.size();
+  };
+  const int64_t workspace_bytes = place(nullptr, nullptr);
+  scratch_bytes = ceil_div(scratch_bytes, 64) * 64;
+  const Block memory(workspace_bytes + workers * scratch_bytes);
+  std::vector<Arena> workspaces;
+  workspaces.reserve(layers.size());
+  place(memory.base, &workspaces);
+
+  const bool streaming = bytes > kStreamingBytes;
+  schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
+    const Layer& layer = layers[item.layer];
+    dispatch(layer.dtype, [&](auto element) {
+      Forward<decltype(element)>(layer, cuts[item.layer], update, streaming, workspaces[item.layer],
+                                 memory.base + workspace_bytes + worker * scratch_bytes)
+          .run(item);
+    });
+  });
+}
+
+}  // namespace spectral_ext::cpu

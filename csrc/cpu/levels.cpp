@@ -1,0 +1,44 @@
+#include "levels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace spectral_ext::cpu {
+
+static const Level& choose() {
+#if defined(__x86_64__)
+  const char* wish = std::getenv("SPECTRAL_EXT_CPU_LEVEL");
+  const bool lowered = wish != nullptr && std::strcmp(wish, "baseline") == 0;
+  __builtin_cpu_init();
+  if (!lowered && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return kAvx2;
+  }
+#endif
+  return kBaseline;
+}
+
+const Level& level() {
+  static const Level& chosen = choose();
+  return chosen;
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return level().float32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return level().float64;
+}
+template <>
+const Kernels<BFloat16>& kernels<BFloat16>() {
+  return level().bfloat16;
+}
+template <>
+const Kernels<Float16>& kernels<Float16>() {
+  return level().float16;
+}
+
+const char* instruction_level() { return level().name; }
+
+}  // namespace spectral_ext::cpu

@@ -1,0 +1,74 @@
+// One layer as the kernels see it: plain pointers, sizes and settings. No torch here.
+//
+// Only dense weights reach a kernel (their elements fill one block of memory, in any order of the
+// dimensions). The dimension that gives the rows splits such a block into outer × rows × inner:
+//
+//   contiguous, dim 0        outer = 1
+//   channels_last, dim 0     outer = 1, columns in another order
+//   ConvTranspose, dim 1     outer = in_channels, inner = kernel elements
+//   a transposed matrix      inner = 1
+//
+// Column c = o * inner + i of the kernels is in storage order; ColumnOrder maps it to the order of v.
+#pragma once
+
+#include <cstdint>
+
+namespace spectral_ext {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+/// The size of the type that sums and saved vectors have: double for double weights, else float.
+constexpr int64_t compute_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+/// The dimensions of the columns in storage order, outermost first, with their strides in v.
+/// count 0 means that both orders are the same.
+struct ColumnOrder {
+  static constexpr int kMaxDims = 8;
+  int count = 0;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims];
+};
+
+struct Shape {
+  int64_t outer, rows, inner;
+  ColumnOrder column_order;
+
+  int64_t columns() const { return outer * inner; }
+  int64_t numel() const { return outer * rows * inner; }
+};
+
+/// The forward of one layer. u, v have the weight's dtype; u_saved, v_saved and sigma the compute type.
+struct Layer {
+  Shape shape;
+  DType dtype;
+  bool v_first;
+  int n_power_iterations;
+  double eps;
+  const void* weight;
+  void* output;  // may be the weight itself
+  void* u;
+  void* v;
+  int64_t u_stride, v_stride;
+  void* u_saved;
+  void* v_saved;
+  void* sigma;
+};
+
+/// The backward of one layer. A null grad_output or grad_sigma is zero.
+struct LayerGradient {
+  Shape shape;
+  DType dtype;
+  const void* grad_output;
+  const void* grad_sigma;
+  const void* output;
+  const void* u;  // as saved by the forward
+  const void* v;
+  const void* sigma;
+  void* grad_weight;
+};
+
+}  // namespace spectral_ext
