@@ -1,0 +1,80 @@
+# `make demo` and `make test` do everything, on a machine with Python >= 3.10 and a C++ compiler:
+# they make .venv, install torch and the package with its tools, and run. What is up to date is left
+# alone. Two choices:   make test PYTHON=python3.12 TORCH="torch==2.13.0"
+
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE))
+
+.PHONY: help demo test lint format bench clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/installed  ## train a GAN on digits twice, stock and fused (DEMO_ARGS="--steps 200")
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS)
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+lint: $(VENV)/installed  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/installed  ## bring all files into the style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built; .venv stays, and the next make builds again
+	rm -rf build dist out *.egg-info spectral_ext/_C.*so $(VENV)/installed
+
+# The package is installed editable: tests and examples run the compiled library of this tree, and
+# only native code and metadata need a new installation when they change.
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_config.py $(NATIVE)
+	@echo "Installing spectral_ext; compiling takes about a minute."
+	@$(PIP) install --quiet "setuptools>=77.0.3" ninja
+	@$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -m spectral_ext
+	@touch $@
+
+# Looked at every time, since TORCH may ask for another version than the one that is there. A stamp
+# that stays as old as it was makes nothing else out of date.
+$(VENV)/torch: FORCE $(BIN)/pip
+	@$(BIN)/python -c "$$TORCH_IS_THERE" $(firstword $(TORCH_WORDS)) || \
+	  { echo "Installing $(TORCH)."; $(PIP) install --quiet $(TORCH_WORDS) && touch $@; }
+	@test -e $@ || touch $@
+
+# Quoted one by one: a version may hold a `>`, and TORCH options ("torch --index-url https://…").
+TORCH_WORDS = $(foreach word,$(TORCH),'$(word)')
+
+define TORCH_IS_THERE
+import importlib.metadata as metadata, sys
+from pip._vendor.packaging.requirements import Requirement
+wanted = Requirement(sys.argv[1])
+try:
+    there = wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+except metadata.PackageNotFoundError:
+    there = False
+sys.exit(not there)
+endef
+export TORCH_IS_THERE
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "spectral_ext needs Python >= 3.10; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "This Python cannot make virtual environments (Debian: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
