@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -14,6 +15,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -206,12 +209,20 @@ Tensor empty_output(const Tensor& weight) {
                        weight.options().requires_grad(false));
 }
 
-std::vector<Tensor> empty_like(TensorList weights) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims) {
   const at::AutoDispatchBelowAutograd guard;
+  check_count(dims.size(), weights.size(), "dims");
   std::vector<Tensor> outputs;
   outputs.reserve(weights.size());
-  for (const Tensor& weight : weights) outputs.push_back(empty_output(weight));
-  return outputs;
+  int64_t saved_size = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t rows = weights[i].size(checked_dim(weights[i], dims[i], i));
+    saved_size += rows + weights[i].numel() / rows;
+    outputs.push_back(empty_output(weights[i]));
+  }
+  const auto options = at::TensorOptions().dtype(compute_dtype(weights));
+  return {std::move(outputs), at::empty({saved_size}, options),
+          at::empty({static_cast<int64_t>(weights.size())}, options)};
 }
 
 void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outputs, Tensor saved,
@@ -355,7 +366,7 @@ std::vector<Tensor> backward(const c10::List<std::optional<Tensor>>& grad_output
 }  // namespace spectral_ext
 
 TORCH_LIBRARY_IMPL(spectral_ext, CPU, m) {
-  m.impl("empty_like", spectral_ext::empty_like);
+  m.impl("allocate", spectral_ext::allocate);
   m.impl("forward_", spectral_ext::forward_);
   m.impl("backward", spectral_ext::backward);
 }

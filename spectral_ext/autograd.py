@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, reference
-from .layout import empty_saved, matrix_shape
+from .layout import matrix_shape
 
 __all__ = ["Computation", "Settings", "attach", "compute"]
 
@@ -64,15 +64,9 @@ def compute(
     settings: Settings,
     update: bool,
     backend: Backend,
-    dtype: torch.dtype,
 ) -> Computation:
-    """Normalize all layers in one call of the backend, without gradient.
-
-    ``dtype`` is the common compute dtype of the layers (:func:`spectral_ext.layout.compute_dtype`).
-    """
-    outputs = backend.empty_like(weights)
-    saved = empty_saved(weights, settings.dims, dtype)
-    sigmas = torch.empty(len(weights), dtype=dtype, device=saved.device)
+    """Normalize all layers, of one device and compute dtype, in one call and without gradient."""
+    outputs, saved, sigmas = backend.allocate(weights, settings.dims)
     backend.forward_(weights, us, vs, outputs, saved, sigmas, *settings, update)
     return Computation(backend, settings.dims, outputs, saved, sigmas)
 

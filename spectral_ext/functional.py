@@ -70,15 +70,18 @@ def spectral_normalize(
     check_lists(
         weights, us=us, vs=vs, dims=dims, n_power_iterations=iterations, eps=epsilons, order=orders
     )
+    us, vs = list(us), list(vs)
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
         check_settings(name, iterations[i], epsilons[i], orders[i])
         dims[i] = check_weight(name, weight, dims[i])
-        if not _is_vector(weight, orders[i] == "v_first"):
+        if weight.ndim == 1 and orders[i] == "u_first":
+            us[i] = vs[i] = None
+        else:
             check_layer(name, weight, us[i], vs[i], dims[i])
     check_overlap(us, vs)
     settings = Settings(dims, iterations, epsilons, [value == "v_first" for value in orders])
-    results = normalize_layers(list(weights), list(us), list(vs), settings, update, backend)
+    results = normalize_layers(list(weights), us, vs, settings, update, backend)
     return results.normalized, results.sigmas
 
 
@@ -116,25 +119,19 @@ def normalize_layers(
 ) -> Results:
     """Normalize layers whose arguments were checked; ``bucket_bytes`` of weights share a graph node.
 
-    Layers of one device and compute dtype go into one call. 1-D weights under ``u_first`` and complex
-    weights are computed by the reference.
+    Layers of one device and compute dtype go into one call. Complex weights, and 1-D weights under
+    ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference.
     """
-    kinds = [
-        None
-        if _is_vector(weight, first) or weight.is_complex()
-        else (weight.device, compute_dtype(weight.dtype))
-        for weight, first in zip(weights, settings.v_first, strict=True)
-    ]
-    if None not in kinds and len(set(kinds)) == 1:
-        device, dtype = kinds[0]
-        computation = compute(weights, us, vs, settings, update, select(backend, device), dtype)
+    devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
+    if len(devices) == len(dtypes) == 1 and not dtypes & _COMPLEX and all(u is not None for u in us):
+        chosen = select(backend, *devices)
+        computation = compute(weights, us, vs, settings, update, chosen)
         normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
         return Results(normalized, sigmas, [(computation, i) for i in range(len(weights))])
-    return _normalize_mixed(kinds, weights, us, vs, settings, update, backend, bucket_bytes)
+    return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes)
 
 
-def _is_vector(weight: Tensor, v_first: bool) -> bool:
-    return weight.ndim == 1 and not v_first
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def _attach_in_buckets(
@@ -158,7 +155,6 @@ def _attach_in_buckets(
 
 
 def _normalize_mixed(
-    kinds: list[tuple[torch.device, torch.dtype] | None],
     weights: list[Tensor],
     us: list[Tensor | None],
     vs: list[Tensor | None],
@@ -169,6 +165,10 @@ def _normalize_mixed(
 ) -> Results:
     """Normalize layers of several kinds, one call for each kind."""
     count = len(weights)
+    kinds = [
+        None if u is None or weight.is_complex() else (weight.device, compute_dtype(weight.dtype))
+        for weight, u in zip(weights, us, strict=True)
+    ]
     normalized: list = [None] * count
     sigma: list = [None] * count
     computations: list[tuple[Computation, int] | None] = [None] * count
@@ -184,7 +184,6 @@ def _normalize_mixed(
             settings.select(members),
             update,
             chosen,
-            kind[1],
         )
         outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
         for place, i in enumerate(members):
@@ -216,7 +215,7 @@ def _normalize_by_reference(
         order="v_first" if settings.v_first[0] else "u_first",
         update=update,
     )
-    if update and u is not None and v is not None and weight.ndim > 1:
+    if update and u is not None and v is not None:
         with torch.no_grad():
             u.copy_(result.u)
             v.copy_(result.v)

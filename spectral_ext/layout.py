@@ -1,11 +1,11 @@
-"""The flat buffer of saved vectors, and the dtype that a weight is computed in."""
+"""The tensors of a call: outputs, the flat buffer of saved vectors, and the dtype to compute in."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "empty_saved", "matrix_shape", "split_saved"]
+__all__ = ["allocate", "compute_dtype", "matrix_shape", "split_saved"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,10 +19,20 @@ def matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
     return rows, weight.numel() // rows
 
 
-def empty_saved(weights: Sequence[Tensor], dims: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized buffer for ``u`` and ``v`` of every layer."""
+def allocate(
+    weights: Sequence[Tensor], dims: Sequence[int]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return uninitialized outputs like the weights, and the flat buffers for ``u, v`` and σ.
+
+    The weights, at least one, share a device and a compute dtype.
+    """
+    dtype, device = compute_dtype(weights[0].dtype), weights[0].device
     size = sum(sum(matrix_shape(weight, dim)) for weight, dim in zip(weights, dims, strict=True))
-    return torch.empty(size, dtype=dtype, device=weights[0].device)
+    return (
+        [torch.empty_like(weight) for weight in weights],
+        torch.empty(size, dtype=dtype, device=device),
+        torch.empty(len(weights), dtype=dtype, device=device),
+    )
 
 
 def split_saved(

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layout import allocate
+
 __all__ = ["LIBRARY", "SCHEMAS"]
 
 SCHEMAS = {
-    # Uninitialized tensors with the shapes and strides of the weights, from memory that is cheap to write.
-    "empty_like": "(Tensor[] weights) -> Tensor[]",
+    # Uninitialized `outputs`, with the shapes and strides of the weights, `saved` and `sigmas`.
+    "allocate": "(Tensor[] weights, int[] dims) -> (Tensor[], Tensor, Tensor)",
     # The forward of all layers. `update` False keeps us and vs as they are, as stock does in evaluation.
     "forward_": (
         "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved, "
@@ -37,9 +39,9 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.register_fake("spectral_ext::empty_like", lib=LIBRARY)
-def _(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(weight) for weight in weights]
+@torch.library.register_fake("spectral_ext::allocate", lib=LIBRARY)
+def _(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor]:
+    return allocate(weights, dims)
 
 
 @torch.library.register_fake("spectral_ext::forward_", lib=LIBRARY)

@@ -9,7 +9,7 @@
 namespace spectral_ext::cpu {
 
 /// Blocks of at least this size are worth an allocation here; smaller ones are left to others.
-constexpr size_t kLargeBlock = size_t{1} << 20;
+constexpr size_t kLargeBlock = size_t{32} << 10;
 
 /// Returns uninitialized memory aligned to 64 bytes at least. Throws std::bad_alloc.
 void* allocate(size_t bytes);

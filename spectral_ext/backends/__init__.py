@@ -29,8 +29,10 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device | None) -> str | None:
         """Return None if it can run (on ``device``, if given), else the reason in words."""
 
-    def empty_like(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return uninitialized outputs with the shapes, dtypes and strides of ``weights``."""
+    def allocate(
+        self, weights: Sequence[Tensor], dims: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return uninitialized ``outputs``, ``saved`` and ``sigmas`` for a forward."""
 
     def forward_(
         self,

@@ -10,9 +10,9 @@ except ImportError as error:
     _C = None
     _IMPORT_ERROR = error
 
-__all__ = ["backward", "empty_like", "forward_", "unavailable"]
+__all__ = ["allocate", "backward", "forward_", "unavailable"]
 
-empty_like = torch.ops.spectral_ext.empty_like.default
+allocate = torch.ops.spectral_ext.allocate.default
 forward_ = torch.ops.spectral_ext.forward_.default
 backward = torch.ops.spectral_ext.backward.default
 

@@ -6,19 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..layout import split_saved
+from ..layout import allocate, split_saved
 
-__all__ = ["backward", "empty_like", "forward_", "unavailable"]
+__all__ = ["allocate", "backward", "forward_", "unavailable"]
 
 
 def unavailable(device: torch.device | None) -> str | None:
     """Return None: plain torch runs wherever torch runs."""
     return None
-
-
-def empty_like(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return uninitialized outputs with the shapes and strides of ``weights``."""
-    return [torch.empty_like(weight) for weight in weights]
 
 
 @torch.no_grad()
