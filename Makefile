@@ -45,7 +45,7 @@ clean:  ## remove what was built; .venv stays, and the next make builds again
 # only native code and metadata need a new installation when they change.
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_config.py $(NATIVE)
 	@echo "Installing spectral_ext; compiling takes about a minute."
-	@$(PIP) install --quiet "setuptools>=77.0.3" ninja
+	@$(PIP) install --quiet $$(sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -m spectral_ext
 	@touch $@

@@ -109,10 +109,10 @@ def find_compiler(environ: Mapping[str, str]) -> str:
         raise Unavailable("the kernels are written for GCC and Clang, and Python here needs MSVC")
     names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        command = name.split()  # CXX may begin with a launcher, as in "ccache g++"
-        if shutil.which(command[0], path=environ.get("PATH")) is None:
+        compiler = shutil.which(name, path=environ.get("PATH"))
+        if compiler is None:
             continue
-        macros = _output([*command, "-dM", "-E", "-x", "c++", os.devnull], environ)
+        macros = _output([compiler, "-dM", "-E", "-x", "c++", os.devnull], environ)
         if "__GNUC__" in macros:  # GCC and Clang define it
             return name
     raise Unavailable(f"there is no GCC or Clang for C++ (looked for {', '.join(names)})")
