@@ -1,8 +1,23 @@
 """Spectral normalization for all layers of a model in one native call."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from . import functional, reference
+from . import functional, nn, reference
+from .nn import SpectralGroup, fuse, group_of, spectral_norm, unfuse
 
-__all__ = ["functional", "reference"]
-__version__ = _version("spectral-ext")
+__all__ = [
+    "SpectralGroup",
+    "functional",
+    "fuse",
+    "group_of",
+    "nn",
+    "reference",
+    "spectral_norm",
+    "unfuse",
+]
+
+try:
+    __version__ = _version("spectral-ext")
+except _PackageNotFoundError:  # a checkout on the path that is not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,344 @@
+"""The layers of a fused model, computed together on entry to its forward."""
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils import parametrize
+
+from .. import backends
+from ..autograd import Settings
+from ..functional import Results, normalize_layers
+from .active import Record, active
+from .dynamic_class import GROUP
+from .parametrization import SpectralNorm
+from .plan import Layer, Plan
+
+__all__ = ["SpectralGroup", "group_of"]
+
+
+class SpectralGroup:
+    """All normalized layers of a fused model; :func:`spectral_ext.fuse` makes it.
+
+    Args:
+        layers: the layers, in the order of ``model.named_modules()``.
+        backend: see :func:`spectral_ext.functional.spectral_normalize`.
+        bucket_mb: weights of so many MiB share a node of the autograd graph, so that the gradients
+            of the first layers are not waited for; None for one node.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        backend: str | None = None,
+        bucket_mb: float | None = None,
+    ) -> None:
+        self.backend = backend
+        self.bucket_mb = bucket_mb
+        self._layers = list(layers)
+        self._plan: Plan | None = None
+        self._unit_sigmas: Tensor | None = None
+        self._root: weakref.ref[Module] | None = None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are still registered."""
+        return tuple(layer for layer in self._layers if layer.is_registered())
+
+    @property
+    def sigmas(self) -> Tensor:
+        """σ of every layer, in the order of :attr:`layers`: one detached tensor, no synchronisation.
+
+        From the last forward; before the first one with the ``u`` and ``v`` that the layers have.
+        """
+        plan = self._plan
+        if plan is None or self._unit_sigmas is None or plan.layers != list(self.layers):
+            plan, weights, us, vs = self._gather()
+            with torch.no_grad():
+                results = normalize_layers(weights, us, vs, plan.settings, False, self.backend)
+            self._unit_sigmas = results.sigmas
+        sigmas = self._unit_sigmas
+        return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
+
+    def sigma_of(self, name: str) -> Tensor:
+        """Return σ of one layer as a 0-D tensor.
+
+        Args:
+            name: of the module, or of the tensor (``"block1.conv"`` or ``"block1.conv.weight"``).
+
+        Raises:
+            KeyError: no layer has that name, or several tensors of that module are normalized.
+        """
+        found = [
+            i for i, layer in enumerate(self.layers) if name in (layer.name, layer.qualified_name)
+        ]
+        if len(found) != 1:
+            names = ", ".join(layer.qualified_name for layer in self.layers)
+            raise KeyError(f"{name!r} names {len(found)} layers of the group, which has: {names}")
+        return self.sigmas[found[0]]
+
+    def normalized(self) -> "_Entry":
+        """Return a context manager that computes all layers and puts their weights in force.
+
+        Inside of it, on this thread, every access of a weight gives the same tensor, as under
+        ``torch.nn.utils.parametrize.cached()``. The forward of a fused model is entered so; use it
+        for other methods that need the weights more than once. It nests: an inner entry computes
+        anew, as a second forward would.
+        """
+        return _Entry(self)
+
+    def invalidate(self) -> None:
+        """Read the layers and their settings again."""
+        self._plan = None
+        with contextlib.suppress(TypeError, ValueError):  # the next entry raises it
+            self._plan = Plan(self._layers)
+
+    # The life of a group.
+
+    def bind(self, root: Module) -> None:
+        """Belong to ``root`` from now on, and tell the layers."""
+        self._root = weakref.ref(root)
+        for layer in self._layers:
+            object.__setattr__(layer.parametrization, "_group", weakref.ref(self))
+        self.invalidate()
+
+    @property
+    def root(self) -> Module | None:
+        """The fused model."""
+        return None if self._root is None else self._root()
+
+    def of(self, root: Module) -> "SpectralGroup":
+        """Return the group for ``root``: this one, or a new one if ``root`` is a copy of our root.
+
+        ``DataParallel`` makes replicas by copying the ``__dict__`` of modules.
+        """
+        if self.root is root:
+            return self
+        modules = dict(root.named_modules())
+        layers = []
+        for layer in self._layers:
+            module = modules.get(layer.name)
+            if module is not None and parametrize.is_parametrized(module, layer.tensor_name):
+                found = module.parametrizations[layer.tensor_name][0]
+                if isinstance(found, SpectralNorm):
+                    layers.append(Layer(layer.name, module, layer.tensor_name, found))
+        group = SpectralGroup(layers, backend=self.backend, bucket_mb=self.bucket_mb)
+        group._root = weakref.ref(root)
+        group.invalidate()
+        root.__dict__[GROUP] = group
+        return group
+
+    def release(self, parametrization: SpectralNorm) -> None:
+        """Give a layer away; it is computed alone, or by another group."""
+        self._layers = [x for x in self._layers if x.parametrization is not parametrization]
+        self.invalidate()
+        object.__setattr__(parametrization, "_group", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "bucket_mb": self.bucket_mb,
+            "layers": [
+                (layer.name, layer.module, layer.tensor_name, layer.parametrization)
+                for layer in self.layers
+            ],
+            "sigmas": self._unit_sigmas,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The modules may still be empty here; a plan is made at the first entry.
+        self.__init__(  # type: ignore[misc]
+            [Layer(*layer) for layer in state["layers"]],
+            backend=state["backend"],
+            bucket_mb=state["bucket_mb"],
+        )
+
+    # What happens on entry.
+
+    def _gather(self) -> tuple[Plan, list[Tensor], list[Any], list[Any]]:
+        """Return a plan that holds, and the tensors of its units."""
+        plan = self._plan
+        found = None if plan is None else plan.gather()
+        if found is None:
+            plan = self._plan = Plan(self._layers)
+            self._unit_sigmas = None
+            found = plan.gather()
+            assert found is not None
+        assert plan is not None
+        return (plan, *found)
+
+    def compute(self) -> Record:
+        """Compute all layers and return the record of it, not yet in force."""
+        plan, weights, us, vs = self._gather()
+        training = plan.training()
+        normalized: list[Tensor | None] = [None] * len(weights)
+        todo = list(range(len(weights)))
+        if parametrize._cache_enabled:
+            todo = _take_from_cache(plan, normalized)
+        if todo and len(todo) == len(weights) and training.count(training[0]) == len(training):
+            results = self._normalize(plan, weights, us, vs, plan.settings, training[0])
+            normalized, parts = list(results.normalized), [(results, todo)]
+            self._unit_sigmas = results.sigmas.detach()
+        else:
+            parts = []
+            for update in (True, False):
+                places = [i for i in todo if training[i] is update]
+                if places:
+                    columns = ([column[i] for i in places] for column in (weights, us, vs))
+                    settings = plan.settings.select(places)
+                    results = self._normalize(plan, *columns, settings, update)
+                    parts.append((results, places))
+                    for place, weight in zip(places, results.normalized, strict=True):
+                        normalized[place] = weight
+            self._unit_sigmas = _join_sigmas(parts, len(weights))
+        if parametrize._cache_enabled:
+            _put_into_cache(plan, normalized)
+
+        def recompute(place: int) -> Tensor:
+            one = slice(place, place + 1)
+            settings = plan.settings.select([place])
+            again = normalize_layers(weights[one], us[one], vs[one], settings, False, self.backend)
+            return again.normalized[0]
+
+        return Record(plan.index, weights, normalized, parts, recompute)
+
+    def _normalize(
+        self,
+        plan: Plan,
+        weights: list[Tensor],
+        us: list[Any],
+        vs: list[Any],
+        settings: Settings,
+        update: bool,
+    ) -> Results:
+        bucket_bytes = None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
+        try:
+            return normalize_layers(weights, us, vs, settings, update, self.backend, bucket_bytes)
+        except Exception:
+            plan.check()  # names the layer, if it is one that does not fit
+            raise
+
+    def trace(self) -> list[tuple[SpectralNorm, tuple[Tensor, Tensor]]]:
+        """Compute all layers while ``torch.compile`` traces, which knows no threads and identities."""
+        plan = self._plan
+        assert plan is not None, "fuse() and every change of the group make a plan"
+        weights, us, vs = plan.traceable()
+        training = plan.training()
+        normalized: list[Any] = [None] * len(weights)
+        for update in (True, False):
+            places = [i for i in range(len(weights)) if training[i] is update]
+            if places:
+                columns = ([column[i] for i in places] for column in (weights, us, vs))
+                settings = plan.settings.select(places)
+                results = self._normalize(plan, *columns, settings, update)
+                for place, weight in zip(places, results.normalized, strict=True):
+                    normalized[place] = weight
+        return [
+            (layer.parametrization, (weights[unit], normalized[unit]))
+            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        layers = self.layers
+        sizes = {id(layer.weight): layer.weight.numel() for layer in layers}
+        parameters = sum(sizes.values())
+        devices = sorted({layer.weight.device for layer in layers}, key=str)
+        chosen = "+".join(dict.fromkeys(_backend_name(self.backend, d) for d in devices))
+        buckets = "one bucket" if self.bucket_mb is None else f"buckets of {self.bucket_mb:g} MiB"
+        lines = [
+            f"SpectralGroup({len(layers)} layers, {parameters:,} parameters, "
+            f"backend {chosen or 'none'}, {buckets}"
+        ]
+        for layer in layers:
+            settings = layer.parametrization.extra_repr()
+            lines.append(
+                f"  {layer.qualified_name}: {tuple(layer.weight.shape)}"
+                + (f", {settings}" if settings else "")
+            )
+        return "\n".join(lines) + ("\n)" if layers else ")")
+
+
+class _Entry:
+    """The context of one forward; see :meth:`SpectralGroup.normalized`."""
+
+    __slots__ = ("_below", "_group", "_traced")
+
+    def __init__(self, group: SpectralGroup) -> None:
+        self._group = group
+        self._traced: list[tuple[SpectralNorm, Any]] | None = None
+
+    def __enter__(self) -> SpectralGroup:
+        if torch.compiler.is_compiling():
+            found = self._group.trace()
+            self._traced = [(p, p._traced) for p, _ in found]
+            for p, in_force in found:
+                p._traced = in_force
+            return self._group
+        record = self._group.compute()
+        record.below = self._below = active.record
+        active.record = record
+        return self._group
+
+    def __exit__(self, *error: object) -> None:
+        if self._traced is not None:
+            for p, before in self._traced:
+                p._traced = before
+            return
+        active.record = self._below
+
+
+def group_of(model: Module) -> SpectralGroup:
+    """Return the group of a fused model, for instance of one that was loaded or copied.
+
+    Raises:
+        ValueError: the model is not fused.
+    """
+    group = model.__dict__.get(GROUP)
+    if group is None:
+        raise ValueError(f"{type(model).__name__} is not fused; spectral_ext.fuse(model) does it")
+    return group.of(model)
+
+
+def _take_from_cache(plan: Plan, normalized: list[Tensor | None]) -> list[int]:
+    """Take over what ``parametrize.cached()`` holds; return the places that are still to compute."""
+    known: set[int] = set()
+    for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True):
+        cached = parametrize._cache.get((id(layer.module), layer.tensor_name))
+        if cached is not None:
+            known.add(unit)
+            if layer.is_alone():
+                normalized[unit] = cached
+    return [i for i in range(len(normalized)) if i not in known]
+
+
+def _put_into_cache(plan: Plan, normalized: list[Tensor | None]) -> None:
+    """Let ``parametrize.cached()`` hold the weights beyond this forward."""
+    for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True):
+        if layer.is_alone() and normalized[unit] is not None:
+            key = (id(layer.module), layer.tensor_name)
+            parametrize._cache.setdefault(key, normalized[unit])
+
+
+def _join_sigmas(parts: list[tuple[Results, list[int]]], count: int) -> Tensor | None:
+    """Return the sigmas of all units in one tensor; None if not all were computed."""
+    if not parts or sum(len(places) for _, places in parts) < count:
+        return None
+    sigmas = [results.sigmas.detach() for results, _ in parts]
+    dtype = max((s.dtype for s in sigmas), key=lambda dtype: dtype.itemsize)
+    joined = torch.cat([s.to(sigmas[0].device, dtype) for s in sigmas])
+    order = [place for _, places in parts for place in places]
+    result = torch.empty_like(joined)
+    result[order] = joined
+    return result
+
+
+def _backend_name(name: str | None, device: torch.device) -> str:
+    try:
+        return backends.select(name, device).__name__.rpartition(".")[2]
+    except (ValueError, RuntimeError):
+        return f"{name} (cannot run)"

@@ -1,0 +1,75 @@
+"""Stock's hook ``torch.nn.utils.spectral_norm`` taken off a module, and put on it again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module, ModuleDict
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
+
+from .parametrization import SpectralNorm, StockHook
+
+__all__ = ["as_parametrization", "replace_hook", "restore_hook"]
+
+
+def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
+    """Return a parametrization, not registered, with the settings and the vectors of a hook."""
+    weight = module._parameters[f"{hook.name}_orig"]
+    norm = SpectralNorm.__new__(SpectralNorm)
+    Module.__init__(norm)
+    norm.dim = hook.dim % weight.ndim if weight is not None and weight.ndim else hook.dim
+    norm.eps, norm.n_power_iterations, norm.order = hook.eps, hook.n_power_iterations, "v_first"
+    norm.origin = "hook"
+    for name in ("_u", "_v"):
+        norm.register_buffer(name, module._buffers[hook.name + name])
+    norm.train(module.training)
+    return norm
+
+
+def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
+    """Take the hook off and register the parametrization; the weight stays the same object."""
+    name = hook.name
+    weight = module._parameters.pop(f"{name}_orig")
+    for suffix in ("_u", "_v"):
+        del module._buffers[name + suffix]
+    module.__dict__.pop(name, None)
+    _remove(module._forward_pre_hooks, lambda h: h is hook)
+    _remove(
+        module._state_dict_hooks,
+        lambda h: isinstance(h, SpectralNormStateDictHook) and h.fn.name == name,
+    )
+    _remove(
+        module._load_state_dict_pre_hooks,
+        lambda h: isinstance(h, SpectralNormLoadStateDictPreHook) and h.fn.name == name,
+    )
+    if not parametrize.is_parametrized(module):
+        parametrize._inject_new_class(module)
+        module.parametrizations = ModuleDict()
+    parametrize._inject_property(module, name)
+    list_ = parametrize.ParametrizationList([norm], weight, unsafe=True)
+    module.parametrizations[name] = list_
+
+
+def restore_hook(module: Module, name: str, norm: SpectralNorm) -> None:
+    """Take the parametrization off and put stock's hook on."""
+    weight = module.parametrizations[name].original
+    delattr(type(module), name)
+    del module.parametrizations[name]
+    if not module.parametrizations:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    module.register_parameter(f"{name}_orig", weight)
+    for suffix in ("_u", "_v"):
+        module.register_buffer(name + suffix, norm._buffers[suffix])
+    hook = StockHook(name, norm.n_power_iterations, norm.dim, norm.eps)
+    with torch.no_grad():
+        setattr(module, name, hook.compute_weight(module, do_power_iteration=False))
+    module.register_forward_pre_hook(hook)
+    module._register_state_dict_hook(SpectralNormStateDictHook(hook))
+    module._register_load_state_dict_pre_hook(SpectralNormLoadStateDictPreHook(hook))
+
+
+def _remove(hooks: dict[int, Any], is_it: Callable[[Any], bool]) -> None:
+    for key in [key for key, hook in hooks.items() if is_it(getattr(hook, "hook", hook))]:
+        del hooks[key]

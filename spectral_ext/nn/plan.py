@@ -1,0 +1,197 @@
+"""The layers of a group, flattened into the lists that one call takes.
+
+A plan is made of the tensors that the layers have now. It holds as long as these are the same objects;
+the group compares their identities on every entry and makes a new plan when one was exchanged. Making a
+plan checks every layer, so that a call that starts is a call that can write.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..autograd import Settings
+from ..reference import Order
+from .parametrization import SpectralNorm
+
+__all__ = ["Layer", "Plan"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One normalized tensor of a group."""
+
+    name: str
+    """Qualified name of the module in the model; empty for the model itself."""
+    module: Module
+    tensor_name: str
+    parametrization: SpectralNorm
+
+    @property
+    def qualified_name(self) -> str:
+        """Name of the tensor in the model, such as ``"block1.conv.weight"``."""
+        return f"{self.name}.{self.tensor_name}" if self.name else self.tensor_name
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight before normalization."""
+        return self.module.parametrizations[self.tensor_name].original
+
+    @property
+    def n_power_iterations(self) -> int:
+        """Steps of the power method for each forward in training."""
+        return self.parametrization.n_power_iterations
+
+    @property
+    def eps(self) -> float:
+        """Smallest divisor of a vector."""
+        return self.parametrization.eps
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight that gives the rows of its matrix."""
+        return self.parametrization.dim
+
+    @property
+    def order(self) -> Order:
+        """The vector that an iteration renews first."""
+        return self.parametrization.order
+
+    def is_registered(self) -> bool:
+        """Return whether the module still has this parametrization, at the first place."""
+        registered = self.module._modules.get("parametrizations")
+        found = None if registered is None else registered._modules.get(self.tensor_name)
+        return found is not None and found._modules.get("0") is self.parametrization
+
+    def is_alone(self) -> bool:
+        """Return whether no other parametrization is stacked on this one."""
+        return len(self.module.parametrizations[self.tensor_name]) == 1
+
+
+def _home_of_original(list_: ParametrizationList) -> dict[str, Any]:
+    """Return the dictionary that holds the original tensor of a list of parametrizations."""
+    for home in (list_._parameters, list_._buffers):
+        if "original" in home:
+            return home
+    return list_.__dict__  # a replica of DataParallel
+
+
+class Plan:
+    """What an entry of a group reads. A *unit* is one weight; tied layers share theirs.
+
+    Attributes:
+        layers: the layers that are still registered.
+        unit_of_layer: for each layer the place of its unit.
+        index: the same by ``id`` of the parametrization.
+        settings: of the units.
+
+    Raises:
+        TypeError, ValueError: a layer's weight, vectors or settings do not fit; the message names it.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = [layer for layer in layers if layer.is_registered()]
+        self._lists = [layer.module.parametrizations[layer.tensor_name] for layer in self.layers]
+        self._links = [
+            (layer.module.parametrizations._modules, layer.tensor_name, list_, list_._modules)
+            for layer, list_ in zip(self.layers, self._lists, strict=True)
+        ]
+        self._parametrizations = [layer.parametrization for layer in self.layers]
+        self._homes = [_home_of_original(list_) for list_ in self._lists]
+        self._vectors: list[dict[str, Any]] = [
+            {"_u": None, "_v": None} if p.is_vector else p._buffers for p in self._parametrizations
+        ]
+        self.check()
+        self.unit_of_layer = self._find_units()
+        self.index = {
+            id(p): unit for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True)
+        }
+        # The first layer of every unit stands for it.
+        units = range(max(self.unit_of_layer, default=-1) + 1)
+        self._leads = [self.unit_of_layer.index(unit) for unit in units]
+        self.has_ties = len(self._leads) < len(self.layers)
+        self._share_vectors()
+        leads = [self._parametrizations[i] for i in self._leads]
+        self.settings = Settings(
+            [p.dim for p in leads],
+            [p.n_power_iterations for p in leads],
+            [p.eps for p in leads],
+            [p.order == "v_first" for p in leads],
+        )
+        self._ids = [id(tensor) for column in self._columns() for tensor in column]
+
+    def check(self) -> None:
+        """Raise, naming the layer, unless weights, vectors and settings fit each other."""
+        for layer, home in zip(self.layers, self._homes, strict=True):
+            layer.parametrization.check(home["original"])
+
+    def _find_units(self) -> list[int]:
+        """Number the weights; layers get one number if they have one weight and the same settings."""
+        units: dict[tuple[Any, ...], int] = {}
+        return [
+            units.setdefault(
+                (id(home["original"]), p.dim, p.n_power_iterations, p.eps, p.order), len(units)
+            )
+            for p, home in zip(self._parametrizations, self._homes, strict=True)
+        ]
+
+    def _share_vectors(self) -> None:
+        """Give the layers of one unit the same vectors, and those of two units different ones."""
+        unit_of_vector: dict[int, int] = {}
+        for vectors, unit in zip(self._vectors, self.unit_of_layer, strict=True):
+            lead = self._vectors[self._leads[unit]]
+            for name in ("_u", "_v"):
+                vector = lead[name]
+                if vector is None:
+                    continue
+                if unit_of_vector.setdefault(id(vector), unit) != unit:
+                    with torch.inference_mode(False), torch.no_grad():
+                        lead[name] = vector = vector.clone()
+                    unit_of_vector[id(vector)] = unit
+                vectors[name] = vector
+
+    def _columns(self) -> tuple[list[Any], list[Any], list[Any]]:
+        return (
+            [home["original"] for home in self._homes],
+            [vectors["_u"] for vectors in self._vectors],
+            [vectors["_v"] for vectors in self._vectors],
+        )
+
+    def gather(self) -> tuple[list[Tensor], list[Any], list[Any]] | None:
+        """Return weights, ``u`` and ``v`` of all units; None if the plan does not hold any more."""
+        for (registered, name, list_, modules), p in zip(
+            self._links, self._parametrizations, strict=True
+        ):
+            if registered.get(name) is not list_ or modules.get("0") is not p:
+                return None
+        weights, us, vs = self._columns()
+        if self._ids != [*map(id, weights), *map(id, us), *map(id, vs)]:
+            return None
+        if self.has_ties:
+            leads = self._leads
+            return [weights[i] for i in leads], [us[i] for i in leads], [vs[i] for i in leads]
+        return weights, us, vs
+
+    def traceable(self) -> tuple[list[Tensor], list[Any], list[Any]]:
+        """Return what :meth:`gather` does, in the words that ``torch.compile`` understands."""
+        lists = [self._lists[i] for i in self._leads]
+        leads = [self._parametrizations[i] for i in self._leads]
+        return (
+            [list_.original for list_ in lists],
+            [None if p.is_vector else p._u for p in leads],
+            [None if p.is_vector else p._v for p in leads],
+        )
+
+    def training(self) -> list[bool]:
+        """Return for each unit whether to update: where a layer of it is in training."""
+        modes = [p.training for p in self._parametrizations]
+        if self.has_ties:
+            return [
+                any(mode for mode, of in zip(modes, self.unit_of_layer, strict=True) if of == unit)
+                for unit in range(len(self._leads))
+            ]
+        return modes
