@@ -102,6 +102,7 @@ def find_compiler(environ: Mapping[str, str]) -> str:
 
     Raises:
         Unavailable: there is none, or none that knows the vector extensions of GCC and Clang.
+        SystemExit: ``$CXX`` is no such compiler; whoever set it wants no other and no pure Python.
     """
     if is_set("SPECTRAL_EXT_NO_NATIVE", environ):
         raise Unavailable("SPECTRAL_EXT_NO_NATIVE is set")
@@ -115,6 +116,8 @@ def find_compiler(environ: Mapping[str, str]) -> str:
         macros = _output([compiler, "-dM", "-E", "-x", "c++", os.devnull], environ)
         if "__GNUC__" in macros:  # GCC and Clang define it
             return name
+    if environ.get("CXX"):
+        raise SystemExit(f"CXX={environ['CXX']} is not a GCC or Clang for C++ that can be run")
     raise Unavailable(f"there is no GCC or Clang for C++ (looked for {', '.join(names)})")
 
 

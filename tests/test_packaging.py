@@ -288,6 +288,11 @@ def test_a_compiler_without_vector_extensions_is_none(tmp_path):
         build_config.find_compiler({"PATH": str(tmp_path)})
 
 
+def test_a_chosen_compiler_must_be_there(no_programs):
+    with pytest.raises(SystemExit, match="CXX=g.. is not"):
+        build_config.find_compiler({"PATH": str(no_programs), "CXX": "g++"})
+
+
 def test_native_code_can_be_turned_off():
     plan = build_config.plan({**os.environ, "SPECTRAL_EXT_NO_NATIVE": "1"})
     assert plan.describe() == "spectral_ext: pure Python, since SPECTRAL_EXT_NO_NATIVE is set"
