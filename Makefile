@@ -75,6 +75,6 @@ export TORCH_IS_THERE
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "spectral_ext needs Python >= 3.10; name one: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "This Python cannot make virtual environments (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
