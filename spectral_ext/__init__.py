@@ -4,16 +4,26 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from . import functional, nn, reference
-from .nn import SpectralGroup, fuse, group_of, spectral_norm, unfuse
+from .nn import (
+    SpectralGroup,
+    apply_spectral_norm,
+    fuse,
+    group_of,
+    spectral_norm,
+    stock_state_dict,
+    unfuse,
+)
 
 __all__ = [
     "SpectralGroup",
+    "apply_spectral_norm",
     "functional",
     "fuse",
     "group_of",
     "nn",
     "reference",
     "spectral_norm",
+    "stock_state_dict",
     "unfuse",
 ]
 

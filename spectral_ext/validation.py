@@ -61,7 +61,9 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
     return dim % weight.ndim
 
 
-def check_layer(name: str, weight: Tensor, u: Tensor, v: Tensor, dim: int) -> None:
+def check_layer(
+    name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, dim: int
+) -> None:
     """Raise unless ``u`` and ``v`` fit the (checked) weight of layer ``name``."""
     rows = weight.shape[dim]
     for vector_name, vector, size in (("u", u, rows), ("v", v, weight.numel() // rows)):

@@ -97,11 +97,18 @@ def select(name: str | None, device: torch.device) -> Backend:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run on ``device``; the message says why.
     """
-    return _select(name or os.environ.get(ENVIRONMENT_VARIABLE) or "auto", device)
+    name = name or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    chosen = _chosen.get((name, device))
+    if chosen is None:
+        chosen = _chosen[name, device] = _choose(name, device)
+    return chosen
 
 
-@cache
-def _select(name: str, device: torch.device) -> Backend:
+# A dictionary and not functools.cache: torch.compile reads the one, and traces through the other.
+_chosen: dict[tuple[str, torch.device], Backend] = {}
+
+
+def _choose(name: str, device: torch.device) -> Backend:
     if name == "auto":
         candidates = (*_PREFERENCE.get(device.type, ()), "reference")
         name = next(candidate for candidate in candidates if unavailable(candidate, device) is None)

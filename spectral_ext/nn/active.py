@@ -1,9 +1,10 @@
-"""The weights that are in force: what an entered group has computed, on this thread, for its layers.
+"""The weights in force: what an entered group has computed, on this thread, for its layers.
 
-Entering a fused model pushes a :class:`Record` on the thread's stack; leaving it pops the record. An
-access of a weight asks the stack first. A record knows its layers by the identity of their
-parametrization modules and by the tensors that it was computed from. A copied layer, a layer that was
-taken out of the group or a weight that was exchanged are therefore not found, and computed alone.
+Entering a fused model pushes a :class:`Record` on the thread's stack; leaving it pops the record.
+An access of a weight asks the stack first. A record knows its layers by the identity of their
+parametrization modules and by the tensors that it was computed from. A copied layer, a layer that
+was taken out of the group or a weight that was exchanged are therefore not found, and computed
+alone.
 """
 
 import threading
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from ..functional import Results
 
-__all__ = ["Record", "active", "hidden_saves", "lookup"]
+__all__ = ["Part", "Record", "active", "hidden_saves", "lookup"]
+
+
+# A computation, and the places of its layers.
+Part = tuple[Results, list[int]]
 
 
 class Record:
@@ -26,7 +31,7 @@ class Record:
             parametrizations alive.
         weights: the tensors that the record was computed from.
         normalized: the normalized weights; None where the layer was not computed.
-        parts: the computations, each with the places of its layers.
+        parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
     """
 
@@ -38,7 +43,7 @@ class Record:
         index: dict[int, int],
         weights: list[Tensor],
         normalized: list[Tensor | None],
-        parts: list[tuple[Results, list[int]]],
+        parts: list[Part],
         recompute: Callable[[int], Tensor],
     ) -> None:
         self.index = index
@@ -53,9 +58,9 @@ class Record:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
         weight = self.weights[place]
         with hidden_saves():
-            for results, places in self.parts:
-                if place in places:
-                    attached = results.attached(places.index(place), weight)
+            for results, part in self.parts:
+                if place in part:
+                    attached = results.attached(part.index(place), weight)
                     if attached is not None:
                         self.normalized[place] = attached
                         return attached

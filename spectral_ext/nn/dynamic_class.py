@@ -1,25 +1,36 @@
 """The classes that are made at run time: of parametrized modules and of the roots of fused models.
 
-``torch.nn.utils.parametrize`` gives every parametrized module a class of its own, to have properties
-in it. Modules with that class cannot be pickled, and copies share it, so that a parametrization
-removed from one is gone from all. The modules that we touch get a class of ours in its place, with
-faster properties; pickle and ``copy`` make the class anew for every copy.
+``torch.nn.utils.parametrize`` gives every parametrized module a class of its own, to have
+properties in it. Modules with that class cannot be pickled, and copies share it, so that a
+parametrization removed from one is gone from all. The modules that we touch get a class of ours in
+its place, with faster properties; pickle and ``copy`` make the class anew for every copy.
 
 The root of a fused model gets a subclass whose ``forward`` enters the group.
 """
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Module, ModuleDict
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .active import active, lookup
+from .hook_keys import read_hook_layout
 
-__all__ = ["GROUP", "fused_class", "is_fused", "own_class", "set_base", "stock_class"]
+__all__ = [
+    "GROUP",
+    "fused_class",
+    "is_fused",
+    "own_class",
+    "parametrization_lists",
+    "set_base",
+    "stock_class",
+]
 
 # The attribute of a fused root that holds its group.
 GROUP = "_spectral_group"
@@ -29,7 +40,15 @@ _KIND = "_spectral_class"
 _fused_classes: "weakref.WeakKeyDictionary[type, weakref.ref[type]]" = weakref.WeakKeyDictionary()
 
 
-def fused_class(base: type) -> type:
+def parametrization_lists(module: Module) -> dict[str, ParametrizationList]:
+    """Return the live dictionary of a module's parametrizations by tensor name, or an empty one."""
+    registered = module._modules.get("parametrizations")
+    if not isinstance(registered, ModuleDict):
+        return {}
+    return cast("dict[str, ParametrizationList]", registered._modules)
+
+
+def fused_class(base: type[Module]) -> type[Module]:
     """Return the subclass of a module class whose forward runs inside the module's group."""
     reference = _fused_classes.get(base)
     cls = None if reference is None else reference()
@@ -63,18 +82,20 @@ def fused_class(base: type) -> type:
     return cls
 
 
-def is_fused(module: Module) -> bool:
-    """Return whether a module is the root of a fused model."""
-    return any(cls.__dict__.get(_KIND) == "fused" for cls in type(module).__mro__)
+def is_fused(cls: type) -> bool:
+    """Return whether a class was made by :func:`fused_class`."""
+    return cls.__dict__.get(_KIND) == "fused"
 
 
 def own_class(module: Module) -> None:
     """Put a class of ours in the place of the one that ``parametrize`` gave a module."""
     cls = type(module)
     if cls.__dict__.get(_KIND) != "parametrized":
-        module.__class__ = _parametrized_class(cls.__bases__[0], list(module.parametrizations))
+        module.__class__ = _parametrized_class(
+            cls.__bases__[0], list(parametrization_lists(module))
+        )
     else:
-        for name in module.parametrizations:
+        for name in parametrization_lists(module):
             setattr(cls, name, _tensor_property(name))
 
 
@@ -82,11 +103,11 @@ def stock_class(module: Module) -> None:
     """Give a parametrized module the class that ``parametrize`` would give it."""
     module.__class__ = type(module).__bases__[0]
     parametrize._inject_new_class(module)
-    for name in module.parametrizations:
+    for name in parametrization_lists(module):
         parametrize._inject_property(module, name)
 
 
-def set_base(module: Module, base: type) -> None:
+def set_base(module: Module, base: type[Module]) -> None:
     """Exchange the class of a module, below the class that holds its parametrizations."""
     if parametrize.is_parametrized(module):
         type(module).__bases__ = (base,)
@@ -94,22 +115,38 @@ def set_base(module: Module, base: type) -> None:
         module.__class__ = base
 
 
-def _parametrized_class(base: type, tensor_names: list[str]) -> type:
+def _parametrized_class(base: type[Module], tensor_names: list[str]) -> type[Module]:
     body: dict[str, Any] = {name: _tensor_property(name) for name in tensor_names}
     body |= {
         _KIND: "parametrized",
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
+        "_load_from_state_dict": _load_from_state_dict,
     }
     return type(f"Parametrized{base.__name__}", (base,), body)
 
 
+def _lowest(module: Module) -> type[Module]:
+    """Return the class of this file that is right above the module's own class."""
+    return [cls for cls in type(module).__mro__ if _KIND in cls.__dict__][-1]
+
+
+def _load_from_state_dict(
+    self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+) -> None:
+    """Load checkpoints of stock's hook too."""
+    for name, list_ in parametrization_lists(self).items():
+        if isinstance(list_[0], StockSpectralNorm):
+            read_hook_layout(list_[0], name, state_dict, prefix, local_metadata)
+    super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
 def _tensor_property(tensor_name: str) -> property:
-    """Return the property of a parametrized tensor; that of ``parametrize``, but faster in a group."""
+    """Return the property of a tensor, as ``parametrize`` has it, but faster inside of a group."""
 
     def get(self: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self.parametrizations[tensor_name]()
         parametrizations = self._modules["parametrizations"]._modules[tensor_name]
         if active.record is not None and len(parametrizations._modules) == 1:
@@ -134,18 +171,15 @@ def _tensor_property(tensor_name: str) -> property:
 
 def _reduce_ex(self: Any, protocol: int) -> Any:
     """Reduce a module as its own class would, with the classes of this file on top of it."""
-    cls = type(self)
-    made_of = []
-    while _KIND in cls.__dict__:
-        made_of.append(cls.__dict__[_KIND])
-        cls = cls.__bases__[0]
-    reduced = cls.__reduce_ex__(self, protocol)
+    made_of = [cls.__dict__[_KIND] for cls in type(self).__mro__ if _KIND in cls.__dict__]
+    lowest = _lowest(self)
+    own = lowest.__bases__[0]
+    reduced = super(lowest, self).__reduce_ex__(protocol)
     if isinstance(reduced, str):
         return reduced
     constructor, arguments, *rest = reduced
-    arguments = tuple(cls if argument is type(self) else argument for argument in arguments)
-    parametrizations = self._modules.get("parametrizations")
-    tensor_names = [] if parametrizations is None else list(parametrizations._modules)
+    arguments = tuple(own if argument is type(self) else argument for argument in arguments)
+    tensor_names = list(parametrization_lists(self))
     return (_rebuild, (made_of, tensor_names, constructor, arguments), *rest)
 
 

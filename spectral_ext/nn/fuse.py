@@ -1,24 +1,30 @@
 """Fuse the spectral norms of a model into one group, and undo it."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from .. import backends
 from . import hook_layout
-from .dynamic_class import GROUP, fused_class, is_fused, own_class, set_base, stock_class
+from .dynamic_class import (
+    GROUP,
+    fused_class,
+    is_fused,
+    own_class,
+    parametrization_lists,
+    set_base,
+    stock_class,
+)
 from .group import SpectralGroup
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
+from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
 from .plan import Layer
+from .select import Selector, check_selector, is_selected
 
-__all__ = ["Selector", "fuse", "selects", "unfuse"]
-
-Selector = str | re.Pattern[str] | Callable[[str, Module], bool]
+__all__ = ["fuse", "unfuse"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class _Found:
     @property
     def weight(self) -> Tensor:
         if isinstance(self.norm, StockHook):
-            return self.module._parameters[f"{self.tensor_name}_orig"]
-        return self.module.parametrizations[self.tensor_name].original
+            return cast(Tensor, self.module._parameters[f"{self.tensor_name}_orig"])
+        return parametrization_lists(self.module)[self.tensor_name].original
 
 
 def fuse(
@@ -62,20 +68,22 @@ def fuse(
     """Compute all spectral norms of a model together, in one native call for each forward.
 
     Takes over every layer with either spectral norm of ``torch.nn.utils`` or with ours, as it is:
-    weight (the same ``Parameter``), ``u``, ``v``, eps, iterations, dimension and order of each. From
-    then on, entering ``model.forward`` computes all of them, and every access of a weight inside that
-    forward gives the same tensor. An access outside of it is computed alone, as in stock. The state
-    dict has stock's parametrization layout; checkpoints of both layouts load.
+    weight (the same ``Parameter``), ``u``, ``v``, eps, iterations, dimension and order of each.
+    From then on, entering ``model.forward`` computes all of them, and every access of a weight
+    inside that forward gives the same tensor. An access outside of it is computed alone, as in
+    stock. The state dict has stock's parametrization layout; checkpoints of both layouts load.
 
-    What stays as it is: a spectral norm that is stacked on another parametrization, and subclasses of
-    stock's. Layers that have one ``Parameter`` and the same settings are computed once, and share
-    ``u`` and ``v`` until they are unfused; they are updated where one of them is in training. Fusing
-    again makes a new group; a layer belongs to the group that took it last.
+    What stays as it is: a spectral norm that is stacked on another parametrization, and subclasses
+    of stock's. Layers that have one ``Parameter`` and the same settings are computed once, and
+    share ``u`` and ``v`` until they are unfused; they are updated where one of them is in training.
+    Fusing again makes a new group; a layer belongs to the group that took it last.
 
     Args:
-        model: the root: its forward is what enters the group. Its class is exchanged for a subclass.
-        include: take only the layers that this selects: a regular expression, searched in the
-            qualified names of the module and of the tensor, or a predicate of module name and module.
+        model: the root: its forward is what enters the group. Its class is exchanged for a
+            subclass. include: take only the layers that this selects: a regular expression,
+            searched in the
+            qualified names of the module and of the tensor, or a predicate of module name and
+            module.
         exclude: leave out the layers that this selects.
         bucket_mb: let weights of so many MiB share a node of the autograd graph, so that gradients
             become ready bucket by bucket (``DistributedDataParallel``); default one node.
@@ -90,12 +98,13 @@ def fuse(
         In all cases nothing was changed, and the message names the layer.
     """
     _check_root(model, bucket_mb)
+    check_selector("include", include)
+    check_selector("exclude", exclude)
     everything = list(_find(model))
     chosen = [
         found
         for found in everything
-        if selects(include, found.name, found.tensor_name, found.module, default=True)
-        and not selects(exclude, found.name, found.tensor_name, found.module, default=False)
+        if is_selected(include, exclude, found.name, found.tensor_name, found.module)
     ]
     if not chosen:
         raise ValueError(
@@ -105,16 +114,16 @@ def fuse(
     candidates = [found.candidate() for found in chosen]
     for found, candidate in zip(chosen, candidates, strict=True):
         candidate.check(found.weight, found.label)
-        if not found.weight.is_complex():
-            backends.select(backend, found.weight.device)
+        check_backend(backend, found.weight)
 
     # Nothing below raises.
     for found in everything:
-        if found not in chosen and _root_of(found.norm) is model:
-            _restore(found.module, found.tensor_name, found.norm)
+        norm = found.norm
+        if found not in chosen and isinstance(norm, SpectralNorm) and _root_of(norm) is model:
+            _restore(found.module, found.tensor_name, norm)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
     group = SpectralGroup(layers, backend=backend, bucket_mb=bucket_mb)
-    if not is_fused(model):
+    if not any(is_fused(cls) for cls in type(model).__mro__):
         if parametrize.is_parametrized(model):
             own_class(model)
             set_base(model, fused_class(type(model).__bases__[0]))
@@ -126,10 +135,10 @@ def fuse(
 
 
 def unfuse(model: Module) -> Module:
-    """Undo :func:`fuse`: give back the spectral norms that the layers had, with their present state.
+    """Undo :func:`fuse`: give back the spectral norms that the layers had, as they are now.
 
-    Layers that were stock's become stock's again, in the layout and with the kind of object that they
-    had; ours stay ours, each computed alone. Fused models inside of ``model`` are unfused too.
+    Layers that were stock's become stock's again, in the layout and with the kind of object that
+    they had; ours stay ours, each computed alone. Fused models inside of ``model`` are unfused too.
 
     Args:
         model: a model, fused or not.
@@ -139,7 +148,7 @@ def unfuse(model: Module) -> Module:
     """
     for root in list(model.modules()):
         group = root.__dict__.get(GROUP)
-        if group is None or not is_fused(root):
+        if group is None:
             continue
         for layer in group.of(root).layers:
             group = root.__dict__[GROUP]
@@ -149,23 +158,6 @@ def unfuse(model: Module) -> Module:
     return model
 
 
-def selects(
-    selector: Selector | None, name: str, tensor_name: str, module: Module, *, default: bool
-) -> bool:
-    """Return whether a regular expression or predicate selects a layer."""
-    if selector is None:
-        return default
-    if isinstance(selector, (str, re.Pattern)):
-        qualified_name = f"{name}.{tensor_name}" if name else tensor_name
-        return any(re.search(selector, text) for text in (name, qualified_name))
-    if callable(selector):
-        return bool(selector(name, module))
-    raise TypeError(
-        "include and exclude must be a regular expression or a predicate of name and module, "
-        f"got {type(selector).__name__}"
-    )
-
-
 def _check_root(model: Module, bucket_mb: float | None) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -173,7 +165,7 @@ def _check_root(model: Module, bucket_mb: float | None) -> None:
         raise TypeError("model is a ScriptModule; fuse the model before scripting it")
     if "forward" in model.__dict__:
         raise RuntimeError(
-            f"{type(model).__name__} has its forward in the instance, where it hides the one of its "
+            f"{type(model).__name__} has its forward in the instance, where it hides that of its "
             "class; fuse the model before torch.compile, or delete that attribute"
         )
     if bucket_mb is not None and not bucket_mb > 0:
@@ -186,11 +178,10 @@ def _find(model: Module) -> Iterator[_Found]:
         for hook in module._forward_pre_hooks.values():
             if type(hook) is StockHook:
                 yield _Found(name, module, hook.name, hook)
-        if parametrize.is_parametrized(module):
-            for tensor_name, parametrizations in module.parametrizations.items():
-                first = parametrizations[0]
-                if type(first) in (StockSpectralNorm, SpectralNorm):
-                    yield _Found(name, module, tensor_name, first)
+        for tensor_name, list_ in parametrization_lists(module).items():
+            first = list_[0]
+            if type(first) in (StockSpectralNorm, SpectralNorm):
+                yield _Found(name, module, tensor_name, cast(StockSpectralNorm, first))
 
 
 def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
@@ -205,19 +196,26 @@ def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
 
 def _take(found: _Found, candidate: SpectralNorm) -> Layer:
     """Register a candidate in its module, out of any group that it was in."""
-    module, tensor_name = found.module, found.tensor_name
-    if isinstance(found.norm, SpectralNorm):
-        _leave_group(found.norm)
-    elif isinstance(found.norm, StockHook):
-        hook_layout.replace_hook(module, found.norm, candidate)
+    module, norm = found.module, found.norm
+    if isinstance(norm, SpectralNorm):
+        _leave_group(norm)
+    elif isinstance(norm, StockHook):
+        hook_layout.replace_hook(module, norm, candidate)
     else:
         # The object stays the one that it was, for those who hold it.
-        found.norm.__class__ = SpectralNorm
-        found.norm.__dict__.update(candidate.__dict__)
-        candidate = found.norm
+        norm.__dict__.update(candidate.__dict__)
+        candidate = _with_class(norm, SpectralNorm)
     own_class(module)
     object.__setattr__(candidate, "label", found.label)
-    return Layer(found.name, module, tensor_name, candidate)
+    return Layer(found.name, module, found.tensor_name, candidate)
+
+
+_T = TypeVar("_T", bound=Module)
+
+
+def _with_class(module: Module, cls: type[_T]) -> _T:
+    module.__class__ = cls
+    return cast(_T, module)
 
 
 def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
@@ -227,10 +225,9 @@ def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
         hook_layout.restore_hook(module, tensor_name, norm)
     elif norm.origin == "parametrization":
         _to_stock(norm)
-    if parametrize.is_parametrized(module):
-        others = [p for list_ in module.parametrizations.values() for p in list_]
-        if not any(isinstance(other, SpectralNorm) for other in others):
-            stock_class(module)
+    left = [p for list_ in parametrization_lists(module).values() for p in list_]
+    if left and not any(isinstance(p, SpectralNorm) for p in left):
+        stock_class(module)
 
 
 def _to_stock(norm: SpectralNorm) -> None:
@@ -238,11 +235,11 @@ def _to_stock(norm: SpectralNorm) -> None:
         norm.__dict__.pop(name, None)
     if norm.is_vector:
         norm.__dict__.pop("n_power_iterations", None)
-    norm.__class__ = StockSpectralNorm
+    _with_class(norm, StockSpectralNorm)
 
 
-def _root_of(norm: object) -> Module | None:
-    group = norm._group() if isinstance(norm, SpectralNorm) and norm._group else None
+def _root_of(norm: SpectralNorm) -> Module | None:
+    group = None if norm._group is None else norm._group()
     return None if group is None else group.root
 
 
@@ -260,6 +257,5 @@ def _leave_group(norm: SpectralNorm) -> None:
 def _unwrap(root: Module) -> None:
     """Give a fused root its class back."""
     root.__dict__.pop(GROUP, None)
-    cls = type(root)
-    fused = next(c for c in cls.__mro__ if c.__dict__.get("_spectral_class") == "fused")
+    fused = next(cls for cls in type(root).__mro__ if is_fused(cls))
     set_base(root, fused.__bases__[0])

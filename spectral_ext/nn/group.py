@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..autograd import Settings
-from ..functional import Results, normalize_layers
-from .active import Record, active
-from .dynamic_class import GROUP
+from ..functional import normalize_layers
+from .active import Part, Record, active
+from .cached import put_into_cache, take_from_cache
+from .dynamic_class import GROUP, parametrization_lists
 from .parametrization import SpectralNorm
-from .plan import Layer, Plan
+from .plan import Layer, Plan, UnitTensors
 
 __all__ = ["SpectralGroup", "group_of"]
 
@@ -52,17 +53,15 @@ class SpectralGroup:
 
     @property
     def sigmas(self) -> Tensor:
-        """σ of every layer, in the order of :attr:`layers`: one detached tensor, no synchronisation.
+        """σ of every layer, in the order of :attr:`layers`, as one detached tensor.
 
         From the last forward; before the first one with the ``u`` and ``v`` that the layers have.
         """
-        plan = self._plan
-        if plan is None or self._unit_sigmas is None or plan.layers != list(self.layers):
-            plan, weights, us, vs = self._gather()
+        plan, sigmas = self._plan, self._unit_sigmas
+        if plan is None or sigmas is None or len(plan.layers) != len(self.layers):
+            plan, tensors = self._gather()
             with torch.no_grad():
-                results = normalize_layers(weights, us, vs, plan.settings, False, self.backend)
-            self._unit_sigmas = results.sigmas
-        sigmas = self._unit_sigmas
+                sigmas = normalize_layers(*tensors, plan.settings, False, self.backend).sigmas
         return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
 
     def sigma_of(self, name: str) -> Tensor:
@@ -123,8 +122,9 @@ class SpectralGroup:
         layers = []
         for layer in self._layers:
             module = modules.get(layer.name)
-            if module is not None and parametrize.is_parametrized(module, layer.tensor_name):
-                found = module.parametrizations[layer.tensor_name][0]
+            list_ = None if module is None else parametrization_lists(module).get(layer.tensor_name)
+            if module is not None and list_ is not None:
+                found = list_._modules["0"]
                 if isinstance(found, SpectralNorm):
                     layers.append(Layer(layer.name, module, layer.tensor_name, found))
         group = SpectralGroup(layers, backend=self.backend, bucket_mb=self.bucket_mb)
@@ -160,95 +160,87 @@ class SpectralGroup:
 
     # What happens on entry.
 
-    def _gather(self) -> tuple[Plan, list[Tensor], list[Any], list[Any]]:
-        """Return a plan that holds, and the tensors of its units."""
-        plan = self._plan
-        found = None if plan is None else plan.gather()
-        if found is None:
-            plan = self._plan = Plan(self._layers)
-            self._unit_sigmas = None
-            found = plan.gather()
-            assert found is not None
-        assert plan is not None
-        return (plan, *found)
-
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
-        plan, weights, us, vs = self._gather()
-        training = plan.training()
-        normalized: list[Tensor | None] = [None] * len(weights)
-        todo = list(range(len(weights)))
+        plan, tensors = self._gather()
+        normalized: list[Tensor | None] = [None] * len(tensors.weights)
+        places = list(range(len(normalized)))
         if parametrize._cache_enabled:
-            todo = _take_from_cache(plan, normalized)
-        if todo and len(todo) == len(weights) and training.count(training[0]) == len(training):
-            results = self._normalize(plan, weights, us, vs, plan.settings, training[0])
-            normalized, parts = list(results.normalized), [(results, todo)]
-            self._unit_sigmas = results.sigmas.detach()
-        else:
-            parts = []
-            for update in (True, False):
-                places = [i for i in todo if training[i] is update]
-                if places:
-                    columns = ([column[i] for i in places] for column in (weights, us, vs))
-                    settings = plan.settings.select(places)
-                    results = self._normalize(plan, *columns, settings, update)
-                    parts.append((results, places))
-                    for place, weight in zip(places, results.normalized, strict=True):
-                        normalized[place] = weight
-            self._unit_sigmas = _join_sigmas(parts, len(weights))
+            places = take_from_cache(plan, normalized)
+        parts = self._normalize(plan, tensors, places)
+        for results, part in parts:
+            for place, weight in zip(part, results.normalized, strict=True):
+                normalized[place] = weight
         if parametrize._cache_enabled:
-            _put_into_cache(plan, normalized)
+            put_into_cache(plan, normalized)
 
         def recompute(place: int) -> Tensor:
-            one = slice(place, place + 1)
+            weights, us, vs = tensors.select([place])
             settings = plan.settings.select([place])
-            again = normalize_layers(weights[one], us[one], vs[one], settings, False, self.backend)
+            again = normalize_layers(weights, us, vs, settings, False, self.backend)
             return again.normalized[0]
 
-        return Record(plan.index, weights, normalized, parts, recompute)
-
-    def _normalize(
-        self,
-        plan: Plan,
-        weights: list[Tensor],
-        us: list[Any],
-        vs: list[Any],
-        settings: Settings,
-        update: bool,
-    ) -> Results:
-        bucket_bytes = None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
-        try:
-            return normalize_layers(weights, us, vs, settings, update, self.backend, bucket_bytes)
-        except Exception:
-            plan.check()  # names the layer, if it is one that does not fit
-            raise
+        return Record(plan.index, tensors.weights, normalized, parts, recompute)
 
     def trace(self) -> list[tuple[SpectralNorm, tuple[Tensor, Tensor]]]:
-        """Compute all layers while ``torch.compile`` traces, which knows no threads and identities."""
+        """Compute all layers while ``torch.compile`` traces.
+
+        Returns what each parametrization shall have in force: the weight that was normalized and
+        the result. Dynamo follows neither threads nor identities, so there is no record.
+        """
         plan = self._plan
-        assert plan is not None, "fuse() and every change of the group make a plan"
-        weights, us, vs = plan.traceable()
-        training = plan.training()
-        normalized: list[Any] = [None] * len(weights)
-        for update in (True, False):
-            places = [i for i in range(len(weights)) if training[i] is update]
-            if places:
-                columns = ([column[i] for i in places] for column in (weights, us, vs))
-                settings = plan.settings.select(places)
-                results = self._normalize(plan, *columns, settings, update)
-                for place, weight in zip(places, results.normalized, strict=True):
-                    normalized[place] = weight
+        assert plan is not None, "a layer of the group does not fit; call the model to see which"
+        tensors = plan.traceable()
+        in_force: dict[int, tuple[Tensor, Tensor]] = {}
+        for results, part in self._normalize(plan, tensors, list(range(len(tensors.weights)))):
+            for place, weight in zip(part, results.normalized, strict=True):
+                in_force[place] = (tensors.weights[place], weight)
         return [
-            (layer.parametrization, (weights[unit], normalized[unit]))
+            (layer.parametrization, in_force[unit])
             for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
         ]
+
+    def _gather(self) -> tuple[Plan, UnitTensors]:
+        """Return a plan that holds, and the tensors of its units."""
+        plan = self._plan
+        tensors = None if plan is None else plan.gather()
+        if plan is None or tensors is None:
+            plan = self._plan = Plan(self._layers)
+            tensors = plan.gather()
+            assert tensors is not None
+            self._unit_sigmas = None
+        return plan, tensors
+
+    def _normalize(self, plan: Plan, tensors: UnitTensors, places: list[int]) -> list[Part]:
+        """Compute the units at ``places``: those in training in one call, the others in another."""
+        training = plan.training()
+        parts: list[Part] = []
+        bucket_bytes = None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
+        for update in (True, False):
+            part = [place for place in places if training[place] is update]
+            if not part:
+                continue
+            whole = len(part) == len(training)
+            weights, us, vs = tensors if whole else tensors.select(part)
+            settings = plan.settings if whole else plan.settings.select(part)
+            try:
+                results = normalize_layers(
+                    weights, us, vs, settings, update, self.backend, bucket_bytes
+                )
+            except Exception:
+                plan.check()  # names the layer, if it is one that does not fit
+                raise
+            parts.append((results, part))
+        self._unit_sigmas = _join_sigmas(parts, len(training))
+        return parts
 
     def __repr__(self) -> str:
         layers = self.layers
         sizes = {id(layer.weight): layer.weight.numel() for layer in layers}
         parameters = sum(sizes.values())
-        devices = sorted({layer.weight.device for layer in layers}, key=str)
-        chosen = "+".join(dict.fromkeys(_backend_name(self.backend, d) for d in devices))
+        chosen = "+".join(
+            dict.fromkeys(_backend_name(self.backend, layer.weight.device) for layer in layers)
+        )
         buckets = "one bucket" if self.bucket_mb is None else f"buckets of {self.bucket_mb:g} MiB"
         lines = [
             f"SpectralGroup({len(layers)} layers, {parameters:,} parameters, "
@@ -273,7 +265,7 @@ class _Entry:
         self._traced: list[tuple[SpectralNorm, Any]] | None = None
 
     def __enter__(self) -> SpectralGroup:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             found = self._group.trace()
             self._traced = [(p, p._traced) for p, _ in found]
             for p, in_force in found:
@@ -304,41 +296,21 @@ def group_of(model: Module) -> SpectralGroup:
     return group.of(model)
 
 
-def _take_from_cache(plan: Plan, normalized: list[Tensor | None]) -> list[int]:
-    """Take over what ``parametrize.cached()`` holds; return the places that are still to compute."""
-    known: set[int] = set()
-    for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True):
-        cached = parametrize._cache.get((id(layer.module), layer.tensor_name))
-        if cached is not None:
-            known.add(unit)
-            if layer.is_alone():
-                normalized[unit] = cached
-    return [i for i in range(len(normalized)) if i not in known]
-
-
-def _put_into_cache(plan: Plan, normalized: list[Tensor | None]) -> None:
-    """Let ``parametrize.cached()`` hold the weights beyond this forward."""
-    for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True):
-        if layer.is_alone() and normalized[unit] is not None:
-            key = (id(layer.module), layer.tensor_name)
-            parametrize._cache.setdefault(key, normalized[unit])
-
-
-def _join_sigmas(parts: list[tuple[Results, list[int]]], count: int) -> Tensor | None:
-    """Return the sigmas of all units in one tensor; None if not all were computed."""
-    if not parts or sum(len(places) for _, places in parts) < count:
+def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:
+    """Return the sigmas of all units in one detached tensor; None if not all were computed."""
+    if sum(len(part) for _, part in parts) < count:
         return None
+    if len(parts) == 1:
+        return parts[0][0].sigmas.detach()
     sigmas = [results.sigmas.detach() for results, _ in parts]
-    dtype = max((s.dtype for s in sigmas), key=lambda dtype: dtype.itemsize)
+    dtype = torch.promote_types(sigmas[0].dtype, sigmas[-1].dtype)
     joined = torch.cat([s.to(sigmas[0].device, dtype) for s in sigmas])
-    order = [place for _, places in parts for place in places]
-    result = torch.empty_like(joined)
-    result[order] = joined
-    return result
+    order = [place for _, part in parts for place in part]
+    return joined[[order.index(place) for place in range(count)]]
 
 
 def _backend_name(name: str | None, device: torch.device) -> str:
     try:
-        return backends.select(name, device).__name__.rpartition(".")[2]
+        return getattr(backends.select(name, device), "__name__", "?").rpartition(".")[2]
     except (ValueError, RuntimeError):
         return f"{name} (cannot run)"

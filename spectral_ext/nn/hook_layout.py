@@ -1,13 +1,15 @@
 """Stock's hook ``torch.nn.utils.spectral_norm`` taken off a module, and put on it again."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.nn import Module, ModuleDict
+from torch import Tensor
+from torch.nn import Module, ModuleDict, Parameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
+from .dynamic_class import parametrization_lists
 from .parametrization import SpectralNorm, StockHook
 
 __all__ = ["as_parametrization", "replace_hook", "restore_hook"]
@@ -30,7 +32,7 @@ def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
 def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
     """Take the hook off and register the parametrization; the weight stays the same object."""
     name = hook.name
-    weight = module._parameters.pop(f"{name}_orig")
+    weight = cast(Tensor, module._parameters.pop(f"{name}_orig"))
     for suffix in ("_u", "_v"):
         del module._buffers[name + suffix]
     module.__dict__.pop(name, None)
@@ -48,18 +50,19 @@ def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
         module.parametrizations = ModuleDict()
     parametrize._inject_property(module, name)
     list_ = parametrize.ParametrizationList([norm], weight, unsafe=True)
-    module.parametrizations[name] = list_
+    cast(ModuleDict, module.parametrizations)[name] = list_
 
 
 def restore_hook(module: Module, name: str, norm: SpectralNorm) -> None:
     """Take the parametrization off and put stock's hook on."""
-    weight = module.parametrizations[name].original
+    registered = cast(ModuleDict, module.parametrizations)
+    weight = parametrization_lists(module)[name].original
     delattr(type(module), name)
-    del module.parametrizations[name]
-    if not module.parametrizations:
+    del registered[name]
+    if not registered:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
-    module.register_parameter(f"{name}_orig", weight)
+    module.register_parameter(f"{name}_orig", cast(Parameter, weight))
     for suffix in ("_u", "_v"):
         module.register_buffer(name + suffix, norm._buffers[suffix])
     hook = StockHook(name, norm.n_power_iterations, norm.dim, norm.eps)

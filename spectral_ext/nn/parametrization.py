@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -17,7 +18,7 @@ from ..functional import normalize_layers
 from ..reference import Order, weight_matrix
 from ..validation import check_layer, check_settings, check_weight
 from .active import hidden_saves, lookup
-from .dynamic_class import own_class
+from .dynamic_class import own_class, parametrization_lists
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
@@ -47,9 +48,9 @@ class SpectralNorm(StockSpectralNorm):
     Args:
         weight: the tensor to normalize; it gives the sizes of ``_u`` and ``_v``.
         n_power_iterations, dim, eps: as in stock.
-        order: ``"u_first"`` starts as stock's parametrization does, with 15 iterations, and leaves a
-            1-D weight to its norm. ``"v_first"`` starts as stock's hook does, from random vectors,
-            and takes a 1-D weight as a matrix of one column.
+        order: ``"u_first"`` starts as stock's parametrization does, with 15 iterations, and leaves
+            a 1-D weight to its norm. ``"v_first"`` starts as stock's hook does, from random
+            vectors, and takes a 1-D weight as a matrix of one column.
         backend: see :func:`spectral_ext.functional.spectral_normalize`.
         label: how messages call the layer.
     """
@@ -94,10 +95,10 @@ class SpectralNorm(StockSpectralNorm):
         """Return the normalized weight.
 
         Raises:
-            TypeError, ValueError: the weight, ``_u`` or ``_v`` were exchanged for something that does
-                not fit. ``_u`` and ``_v`` are as they were.
+            TypeError, ValueError: the weight, ``_u`` or ``_v`` were exchanged for something that
+                does not fit. ``_u`` and ``_v`` are as they were.
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             if self._traced is not None and self._traced[0] is weight:
                 return self._traced[1]
             return self._normalize(weight)
@@ -222,21 +223,42 @@ def spectral_norm(
     if not isinstance(module, Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     label = f"{parametrize.type_before_parametrizations(module).__name__}.{name}"
-    check_settings(label, n_power_iterations, eps, order)
-    weight, dim = _checked_weight(module, name, default_dim(module) if dim is None else dim, label)
-    _refuse_second(module, name, order, label)
-    if not weight.is_complex():
-        backends.select(backend, weight.device)
-    parametrization = SpectralNorm(
-        weight, n_power_iterations, dim, eps, order=order, backend=backend, label=label
-    )
-    # Stock's consistency check calls the parametrization, which iterates in training; its hook has none.
-    parametrize.register_parametrization(module, name, parametrization, unsafe=order == "v_first")
-    own_class(module)
+    dim = default_dim(module) if dim is None else dim
+    normalize_parameter(module, name, n_power_iterations, eps, dim, order, backend, label)
     return module
 
 
-def _checked_weight(module: Module, name: str, dim: int, label: str) -> tuple[Tensor, int]:
+def normalize_parameter(
+    module: Module,
+    name: str,
+    n_power_iterations: int,
+    eps: float,
+    dim: int,
+    order: Order,
+    backend: str | None,
+    label: str,
+) -> None:
+    """Do what :func:`spectral_norm` says; ``label`` is how messages call the layer."""
+    check_settings(label, n_power_iterations, eps, order)
+    _refuse_second(module, name, order, label)
+    weight, dim = checked_weight(module, name, dim, label)
+    check_backend(backend, weight)
+    parametrization = SpectralNorm(
+        weight, n_power_iterations, dim, eps, order=order, backend=backend, label=label
+    )
+    # Stock's consistency check calls the parametrization, which iterates in training; its hook
+    # has no such check.
+    parametrize.register_parametrization(module, name, parametrization, unsafe=order == "v_first")
+    own_class(module)
+
+
+def check_backend(backend: str | None, weight: Tensor) -> None:
+    """Raise unless the backend exists and can run where the weight is."""
+    if not weight.is_complex():
+        backends.select(backend, weight.device)
+
+
+def checked_weight(module: Module, name: str, dim: int, label: str) -> tuple[Tensor, int]:
     """Return the tensor to normalize and ``dim`` as not negative."""
     if parametrize.is_parametrized(module, name):
         weight = getattr(module, name)
@@ -244,8 +266,6 @@ def _checked_weight(module: Module, name: str, dim: int, label: str) -> tuple[Te
         weight = module._parameters.get(name)
         if weight is None:
             weight = module._buffers.get(name)
-    if weight is None and stock_hook(module, name) is not None:
-        weight = module._parameters[f"{name}_orig"]
     if weight is None:
         state = "is None" if name in module._parameters else "does not exist"
         raise ValueError(f"{label}: there is no such parameter or buffer to normalize; it {state}")
@@ -258,7 +278,7 @@ def _refuse_second(module: Module, name: str, order: Order, label: str) -> None:
         error = RuntimeError if order == "v_first" else ValueError
         raise error(f"{label}: torch.nn.utils.spectral_norm normalizes this parameter already")
     if order == "v_first" and parametrize.is_parametrized(module, name):
-        for parametrization in module.parametrizations[name]:
+        for parametrization in parametrization_lists(module)[name]:
             if isinstance(parametrization, StockSpectralNorm):
                 raise RuntimeError(
                     f"{label}: cannot register two spectral norms on the same parameter"

@@ -1,13 +1,13 @@
 """The layers of a group, flattened into the lists that one call takes.
 
-A plan is made of the tensors that the layers have now. It holds as long as these are the same objects;
-the group compares their identities on every entry and makes a new plan when one was exchanged. Making a
-plan checks every layer, so that a call that starts is a call that can write.
+A plan is made of the tensors that the layers have now. It holds as long as these are the same
+objects; the group compares their identities on every entry and makes a new plan when one was
+exchanged. Making a plan checks every layer, so that a call that starts is a call that can write.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..autograd import Settings
 from ..reference import Order
+from .dynamic_class import parametrization_lists
 from .parametrization import SpectralNorm
 
-__all__ = ["Layer", "Plan"]
+__all__ = ["Layer", "Plan", "UnitTensors"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight before normalization."""
-        return self.module.parametrizations[self.tensor_name].original
+        return parametrization_lists(self.module)[self.tensor_name].original
 
     @property
     def n_power_iterations(self) -> int:
@@ -63,13 +64,27 @@ class Layer:
 
     def is_registered(self) -> bool:
         """Return whether the module still has this parametrization, at the first place."""
-        registered = self.module._modules.get("parametrizations")
-        found = None if registered is None else registered._modules.get(self.tensor_name)
+        found = parametrization_lists(self.module).get(self.tensor_name)
         return found is not None and found._modules.get("0") is self.parametrization
 
     def is_alone(self) -> bool:
         """Return whether no other parametrization is stacked on this one."""
-        return len(self.module.parametrizations[self.tensor_name]) == 1
+        return len(parametrization_lists(self.module)[self.tensor_name]) == 1
+
+
+class UnitTensors(NamedTuple):
+    """The tensors of the units of a plan; ``u`` and ``v`` are None where the norm needs none."""
+
+    weights: list[Tensor]
+    us: list[Tensor | None]
+    vs: list[Tensor | None]
+
+    def select(self, places: list[int]) -> "UnitTensors":
+        """Return the tensors of some of the units."""
+        weights, us, vs = self
+        return UnitTensors(
+            [weights[i] for i in places], [us[i] for i in places], [vs[i] for i in places]
+        )
 
 
 def _home_of_original(list_: ParametrizationList) -> dict[str, Any]:
@@ -90,14 +105,17 @@ class Plan:
         settings: of the units.
 
     Raises:
-        TypeError, ValueError: a layer's weight, vectors or settings do not fit; the message names it.
+        TypeError, ValueError: a layer's weight, vectors or settings do not fit; the message names
+            it.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = [layer for layer in layers if layer.is_registered()]
-        self._lists = [layer.module.parametrizations[layer.tensor_name] for layer in self.layers]
+        self._lists = [
+            parametrization_lists(layer.module)[layer.tensor_name] for layer in self.layers
+        ]
         self._links = [
-            (layer.module.parametrizations._modules, layer.tensor_name, list_, list_._modules)
+            (parametrization_lists(layer.module), layer.tensor_name, list_, list_._modules)
             for layer, list_ in zip(self.layers, self._lists, strict=True)
         ]
         self._parametrizations = [layer.parametrization for layer in self.layers]
@@ -130,7 +148,7 @@ class Plan:
             layer.parametrization.check(home["original"])
 
     def _find_units(self) -> list[int]:
-        """Number the weights; layers get one number if they have one weight and the same settings."""
+        """Number the units: layers with one weight and the same settings get one number."""
         units: dict[tuple[Any, ...], int] = {}
         return [
             units.setdefault(
@@ -154,33 +172,30 @@ class Plan:
                     unit_of_vector[id(vector)] = unit
                 vectors[name] = vector
 
-    def _columns(self) -> tuple[list[Any], list[Any], list[Any]]:
-        return (
+    def _columns(self) -> UnitTensors:
+        return UnitTensors(
             [home["original"] for home in self._homes],
             [vectors["_u"] for vectors in self._vectors],
             [vectors["_v"] for vectors in self._vectors],
         )
 
-    def gather(self) -> tuple[list[Tensor], list[Any], list[Any]] | None:
-        """Return weights, ``u`` and ``v`` of all units; None if the plan does not hold any more."""
+    def gather(self) -> UnitTensors | None:
+        """Return the tensors of all units; None if the plan does not hold any more."""
         for (registered, name, list_, modules), p in zip(
             self._links, self._parametrizations, strict=True
         ):
             if registered.get(name) is not list_ or modules.get("0") is not p:
                 return None
-        weights, us, vs = self._columns()
-        if self._ids != [*map(id, weights), *map(id, us), *map(id, vs)]:
+        tensors = self._columns()
+        if self._ids != [id(tensor) for column in tensors for tensor in column]:
             return None
-        if self.has_ties:
-            leads = self._leads
-            return [weights[i] for i in leads], [us[i] for i in leads], [vs[i] for i in leads]
-        return weights, us, vs
+        return tensors.select(self._leads) if self.has_ties else tensors
 
-    def traceable(self) -> tuple[list[Tensor], list[Any], list[Any]]:
+    def traceable(self) -> UnitTensors:
         """Return what :meth:`gather` does, in the words that ``torch.compile`` understands."""
         lists = [self._lists[i] for i in self._leads]
         leads = [self._parametrizations[i] for i in self._leads]
-        return (
+        return UnitTensors(
             [list_.original for list_ in lists],
             [None if p.is_vector else p._u for p in leads],
             [None if p.is_vector else p._v for p in leads],
