@@ -205,8 +205,11 @@ def _normalize_mixed(
 def _normalize_by_reference(
     weight: Tensor, u: Tensor | None, v: Tensor | None, settings: Settings, update: bool
 ) -> tuple[Tensor, Tensor]:
+    if u is not None or v is not None:
+        check_layer("weight", weight, u, v, settings.dims[0])
     result = reference.spectral_normalize(
-        weight,
+        # Autograd keeps what is differentiated: not the weight, which an optimizer may change.
+        weight.clone() if torch.is_grad_enabled() and weight.requires_grad else weight,
         u,
         v,
         n_power_iterations=settings.n_power_iterations[0],

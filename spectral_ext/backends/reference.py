@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import allocate, split_saved
+from ..validation import check_layer
 
 __all__ = ["allocate", "backward", "forward_", "unavailable"]
 
@@ -31,6 +32,8 @@ def forward_(
     update: bool,
 ) -> None:
     """Normalize all layers; see :data:`spectral_ext.ops.SCHEMAS`."""
+    for i, (weight, u, v) in enumerate(zip(weights, us, vs, strict=True)):
+        check_layer(f"weights[{i}]", weight, u, v, dims[i])  # torch would broadcast and convert
     saved_vectors = split_saved(saved, outputs, dims)
     for i, (u_saved, v_saved) in enumerate(saved_vectors):
         result = reference.spectral_normalize(
