@@ -82,6 +82,11 @@ class _SpectralNormalize(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         computation = inputs[0]
         ctx.set_materialize_grads(False)
+        # A frozen weight stays out of the graph, and what uses it computes no gradient for it.
+        needed = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(
+            *(y for y, wanted in zip(output, needed, strict=False) if not wanted)
+        )
         ctx.backend = computation.backend
         ctx.dims = computation.dims
         ctx.save_for_backward(*output, computation.saved)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..functional import Results
 
-__all__ = ["Part", "Record", "active", "hidden_saves", "lookup"]
+__all__ = ["Part", "Record", "active", "hidden_saves", "in_force", "lookup"]
 
 
 # A computation, and the places of its layers.
@@ -99,6 +99,17 @@ def lookup(parametrization: int, weight: Tensor) -> Tensor | None:
                 return normalized
         record = record.below
     return None
+
+
+@contextmanager
+def in_force(record: Record) -> Iterator[None]:
+    """Put a record in force on this thread."""
+    record.below = below = active.record
+    try:
+        active.record = record
+        yield
+    finally:
+        active.record = below
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .active import active, lookup
+from .active import Record, active, in_force, lookup
 from .hook_keys import read_hook_layout
 
 __all__ = [
@@ -174,13 +174,28 @@ def _reduce_ex(self: Any, protocol: int) -> Any:
     made_of = [cls.__dict__[_KIND] for cls in type(self).__mro__ if _KIND in cls.__dict__]
     lowest = _lowest(self)
     own = lowest.__bases__[0]
-    reduced = super(lowest, self).__reduce_ex__(protocol)
+    with in_force(_originals(self)):
+        reduced = super(lowest, self).__reduce_ex__(protocol)
     if isinstance(reduced, str):
         return reduced
     constructor, arguments, *rest = reduced
     arguments = tuple(own if argument is type(self) else argument for argument in arguments)
     tensor_names = list(parametrization_lists(self))
     return (_rebuild, (made_of, tensor_names, constructor, arguments), *rest)
+
+
+def _originals(module: Module) -> Record:
+    """Return a record that leaves the weights of a module as they are.
+
+    RNNs keep their weights in a list that they renew when they are copied.
+    """
+    norms, weights = [], []
+    for list_ in parametrization_lists(module).values():
+        if list_.is_tensor:
+            norms.append(list_[0])
+            weights.append(list_.original)
+    index = {id(norm): place for place, norm in enumerate(norms)}
+    return Record(index, weights, list(weights), [], lambda place: weights[place])
 
 
 def _rebuild(made_of: list[str], tensor_names: list[str], constructor: Any, arguments: Any) -> Any:

@@ -32,6 +32,9 @@ def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
 def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
     """Take the hook off and register the parametrization; the weight stays the same object."""
     name = hook.name
+    norm.hook_places = {
+        name + suffix: _names_after(_home(module, suffix), name + suffix) for suffix in _SUFFIXES
+    }
     weight = cast(Tensor, module._parameters.pop(f"{name}_orig"))
     for suffix in ("_u", "_v"):
         del module._buffers[name + suffix]
@@ -65,12 +68,33 @@ def restore_hook(module: Module, name: str, norm: SpectralNorm) -> None:
     module.register_parameter(f"{name}_orig", cast(Parameter, weight))
     for suffix in ("_u", "_v"):
         module.register_buffer(name + suffix, norm._buffers[suffix])
+    for suffix in _SUFFIXES:
+        _move_to_end(_home(module, suffix), norm.hook_places[name + suffix])
     hook = StockHook(name, norm.n_power_iterations, norm.dim, norm.eps)
     with torch.no_grad():
         setattr(module, name, hook.compute_weight(module, do_power_iteration=False))
     module.register_forward_pre_hook(hook)
     module._register_state_dict_hook(SpectralNormStateDictHook(hook))
     module._register_load_state_dict_pre_hook(SpectralNormLoadStateDictPreHook(hook))
+
+
+_SUFFIXES = ("_orig", "_u", "_v")
+
+
+def _home(module: Module, suffix: str) -> dict[str, Any]:
+    return module._parameters if suffix == "_orig" else module._buffers
+
+
+def _names_after(home: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Return the names behind a name; optimizers count on the order of parameters."""
+    names = list(home)
+    return tuple(names[names.index(name) + 1 :])
+
+
+def _move_to_end(home: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in home:
+            home[name] = home.pop(name)
 
 
 def _remove(hooks: dict[int, Any], is_it: Callable[[Any], bool]) -> None:

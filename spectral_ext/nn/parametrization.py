@@ -60,6 +60,8 @@ class SpectralNorm(StockSpectralNorm):
     label: str = "SpectralNorm"
     # What unfuse makes of the layer again.
     origin: Origin = "own"
+    # Where a hook's tensors stood in its module: for each, the names behind it.
+    hook_places: dict[str, tuple[str, ...]]
     # While a fused model is traced by torch.compile: the weight in force and what it was made of.
     _traced: tuple[Tensor, Tensor] | None = None
     _group: "weakref.ref[SpectralGroup] | None" = None
