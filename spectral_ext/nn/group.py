@@ -136,8 +136,12 @@ class SpectralGroup:
     def release(self, parametrization: SpectralNorm) -> None:
         """Give a layer away; it is computed alone, or by another group."""
         self._layers = [x for x in self._layers if x.parametrization is not parametrization]
+        for name, vector in parametrization._buffers.items():
+            others = (layer.parametrization._buffers.get(name) for layer in self._layers)
+            if vector is not None and any(other is vector for other in others):  # tied weights
+                parametrization._buffers[name] = vector.clone()
         self.invalidate()
-        object.__setattr__(parametrization, "_group", None)
+        parametrization.__dict__.pop("_group", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -300,6 +304,8 @@ def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:
     """Return the sigmas of all units in one detached tensor; None if not all were computed."""
     if sum(len(part) for _, part in parts) < count:
         return None
+    if not parts:
+        return torch.empty(0)
     if len(parts) == 1:
         return parts[0][0].sigmas.detach()
     sigmas = [results.sigmas.detach() for results, _ in parts]
