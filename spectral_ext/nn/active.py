@@ -56,15 +56,15 @@ class Record:
 
     def attach(self, place: int) -> Tensor:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
-        weight = self.weights[place]
+        weight, attached = self.weights[place], None
         with hidden_saves():
             for results, part in self.parts:
-                if place in part:
+                if place in part and not results.normalized[part.index(place)].is_inference():
                     attached = results.attached(part.index(place), weight)
-                    if attached is not None:
-                        self.normalized[place] = attached
-                        return attached
-            return self.recompute(place)
+            if attached is None:  # autograd must see the computation
+                attached = self.recompute(place)
+        self.normalized[place] = attached
+        return attached
 
 
 class _Active(threading.local):
