@@ -66,7 +66,7 @@ def fused_class(base: type[Module]) -> type[Module]:
     def set_state(self: Any, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
         group = self.__dict__.get(GROUP)
-        if group is not None:
+        if group is not None and group.root is None:  # not so in copy.copy, which shares it
             group.bind(self)
 
     body = {

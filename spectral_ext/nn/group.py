@@ -94,6 +94,8 @@ class SpectralGroup:
     def invalidate(self) -> None:
         """Read the layers and their settings again."""
         self._plan = None
+        for layer in self._layers:  # torch.compile compiles anew when an attribute appears
+            layer.parametrization.__dict__.setdefault("_traced", None)
         with contextlib.suppress(TypeError, ValueError):  # the next entry raises it
             self._plan = Plan(self._layers)
 
@@ -141,7 +143,8 @@ class SpectralGroup:
             if vector is not None and any(other is vector for other in others):  # tied weights
                 parametrization._buffers[name] = vector.clone()
         self.invalidate()
-        parametrization.__dict__.pop("_group", None)
+        for name in ("_group", "_traced"):
+            parametrization.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

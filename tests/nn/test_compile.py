@@ -1,0 +1,81 @@
+"""torch.compile of fused models: one graph, the numbers of the uncompiled model."""
+
+import pytest
+import torch
+from nets import OURS, STOCK, assert_close, assert_same_state, inputs, make
+from torch import nn
+
+import spectral_ext
+from spectral_ext.nn.active import active
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("what", ["model", "forward"])
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+def test_compiled_model_trains_like_the_uncompiled(kind, what, backend):
+    kinds = [STOCK, OURS][kind == "ours"]
+    eager, net = (make(kinds["u_first"], kinds["v_first"]) for _ in range(2))
+    for model in (eager, net):
+        spectral_ext.fuse(model, backend=backend)
+    compiled = torch.compile(
+        net if what == "model" else net.forward, fullgraph=True, backend="aot_eager"
+    )
+    for training in (True, False):
+        for model in (eager, net):
+            model.train(training)
+        for step in range(3):
+            losses = []
+            for model, call in ((eager, eager), (net, compiled)):
+                model.zero_grad()
+                losses.append(call(inputs(step)).square().sum())
+                losses[-1].backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= 0.02 * parameter.grad
+            assert_close(losses[1], losses[0])
+            assert_same_state(net, eager)
+            assert_close(spectral_ext.group_of(net).sigmas, spectral_ext.group_of(eager).sigmas)
+        with torch.no_grad():
+            assert_close(compiled(inputs()), eager(inputs()))
+    assert active.record is None
+    # Nothing stays in force.
+    norm = net.conv.parametrizations.weight[0]
+    assert norm._traced is None
+    assert_close(net(inputs()), eager(inputs()))
+
+
+def test_one_graph_for_each_mode(backend):
+    net = make(OURS["u_first"])
+    spectral_ext.fuse(net, backend=backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for training in (True, False, True, False):
+        net.train(training)
+        for step in range(4):
+            compiled(inputs(step)).sum().backward()
+    assert counter.frame_count == 2
+
+
+def test_tied_weights(backend):
+    def tied():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+        net[1].weight = net[0].weight
+        for layer in net:
+            STOCK["u_first"](layer, "weight")
+        spectral_ext.fuse(net, backend=backend)
+        return net
+
+    eager, net = tied(), tied()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, 4, dtype=torch.float64)
+    for _ in range(2):
+        assert_close(compiled(x), eager(x))
+    for a, b in zip(net.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert_close(a, b)
