@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..functional import Results
 
-__all__ = ["Part", "Record", "active", "hidden_saves", "in_force", "lookup"]
+__all__ = ["Part", "Record", "Visible", "active", "hidden_saves", "in_force", "lookup"]
 
 
 # A computation, and the places of its layers.
@@ -44,7 +44,7 @@ class Record:
         weights: list[Tensor],
         normalized: list[Tensor | None],
         parts: list[Part],
-        recompute: Callable[[int], Tensor],
+        recompute: Callable[[int], Tensor] | None,
     ) -> None:
         self.index = index
         self.weights = weights
@@ -61,10 +61,22 @@ class Record:
             for results, part in self.parts:
                 if place in part and not results.normalized[part.index(place)].is_inference():
                     attached = results.attached(part.index(place), weight)
-            if attached is None:  # autograd must see the computation
+            if attached is None and self.recompute is not None:  # autograd must see the computation
                 attached = self.recompute(place)
+        assert attached is not None
         self.normalized[place] = attached
         return attached
+
+
+class Visible:
+    """The record of a group that compiled code sees: the last one, of whatever thread.
+
+    ``torch.compile`` follows neither threads nor ``id``. Threads that share a model in training
+    disturb each other there, as they do in stock; in evaluation they see the same weights.
+    """
+
+    def __init__(self) -> None:
+        self.record: Record | None = None
 
 
 class _Active(threading.local):
@@ -76,27 +88,25 @@ class _Active(threading.local):
 active = _Active()
 
 
-def lookup(parametrization: int, weight: Tensor) -> Tensor | None:
-    """Return the weight in force for a parametrization, given by ``id``; None to compute it alone.
+def lookup(record: Record | None, parametrization: int, weight: Tensor) -> Tensor | None:
+    """Return the weight in force for a parametrization; None to compute it alone.
 
     Args:
+        record: the topmost record of this thread, ``active.record``.
         parametrization: ``id`` of the parametrization module.
-        weight: the tensor to be normalized. The record holds for no other one.
+        weight: the tensor to be normalized. A record holds for no other one.
     """
-    record = active.record
     while record is not None:
         place = record.index.get(parametrization)
         if place is not None and record.weights[place] is weight:
             normalized = record.normalized[place]
             if normalized is not None:
-                if (
-                    record.detached
-                    and weight.requires_grad
-                    and torch.is_grad_enabled()
-                    and not normalized.requires_grad
-                ):
-                    return record.attach(place)
-                return normalized
+                # The cheap questions first: this is asked for every access of every weight.
+                if not record.detached or not torch.is_grad_enabled():
+                    return normalized
+                if normalized.requires_grad or not weight.requires_grad:
+                    return normalized
+                return record.attach(place)
         record = record.below
     return None
 

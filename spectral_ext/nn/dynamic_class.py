@@ -149,10 +149,12 @@ def _tensor_property(tensor_name: str) -> property:
         if is_dynamo_compiling():
             return self.parametrizations[tensor_name]()
         parametrizations = self._modules["parametrizations"]._modules[tensor_name]
-        if active.record is not None and len(parametrizations._modules) == 1:
+        record = active.record
+        if record is not None:
+            modules = parametrizations._modules
             original = parametrizations._parameters.get("original")
-            if original is not None:
-                found = lookup(id(parametrizations._modules["0"]), original)
+            if original is not None and len(modules) == 1:
+                found = lookup(record, id(modules["0"]), original)
                 if found is not None:
                     return found
         if not parametrize._cache_enabled:

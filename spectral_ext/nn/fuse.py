@@ -231,7 +231,7 @@ def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
 
 
 def _to_stock(norm: SpectralNorm) -> None:
-    for name in ("order", "backend", "label", "origin", "_group", "_traced"):
+    for name in ("order", "backend", "label", "origin"):
         norm.__dict__.pop(name, None)
     if norm.is_vector:
         norm.__dict__.pop("n_power_iterations", None)

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 
 from .. import backends
 from ..functional import normalize_layers
-from .active import Part, Record, active
+from .active import Part, Record, Visible, active
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
-from .parametrization import SpectralNorm
+from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
 
 __all__ = ["SpectralGroup", "group_of"]
@@ -45,6 +45,7 @@ class SpectralGroup:
         self._plan: Plan | None = None
         self._unit_sigmas: Tensor | None = None
         self._root: weakref.ref[Module] | None = None
+        self.visible = Visible()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -94,10 +95,12 @@ class SpectralGroup:
     def invalidate(self) -> None:
         """Read the layers and their settings again."""
         self._plan = None
-        for layer in self._layers:  # torch.compile compiles anew when an attribute appears
-            layer.parametrization.__dict__.setdefault("_traced", None)
-        with contextlib.suppress(TypeError, ValueError):  # the next entry raises it
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the next entry raises it
             self._plan = Plan(self._layers)
+            # torch.compile cannot trace the import of a backend; from now on there is none.
+            for layer in self._plan.layers:
+                check_backend(self.backend, layer.weight)
+                check_backend(layer.parametrization.backend, layer.weight)
 
     # The life of a group.
 
@@ -105,8 +108,12 @@ class SpectralGroup:
         """Belong to ``root`` from now on, and tell the layers."""
         self._root = weakref.ref(root)
         for layer in self._layers:
-            object.__setattr__(layer.parametrization, "_group", weakref.ref(self))
+            self._claim(layer.parametrization)
         self.invalidate()
+
+    def _claim(self, parametrization: SpectralNorm) -> None:
+        parametrization.__dict__["_group"] = weakref.ref(self)
+        parametrization.__dict__["_visible"] = self.visible
 
     @property
     def root(self) -> Module | None:
@@ -131,6 +138,10 @@ class SpectralGroup:
                     layers.append(Layer(layer.name, module, layer.tensor_name, found))
         group = SpectralGroup(layers, backend=self.backend, bucket_mb=self.bucket_mb)
         group._root = weakref.ref(root)
+        ours = {id(layer.parametrization) for layer in self._layers}
+        for layer in layers:
+            if id(layer.parametrization) not in ours:  # not so in copy.copy, which shares them
+                group._claim(layer.parametrization)
         group.invalidate()
         root.__dict__[GROUP] = group
         return group
@@ -143,7 +154,7 @@ class SpectralGroup:
             if vector is not None and any(other is vector for other in others):  # tied weights
                 parametrization._buffers[name] = vector.clone()
         self.invalidate()
-        for name in ("_group", "_traced"):
+        for name in IN_GROUP:
             parametrization.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,23 +200,17 @@ class SpectralGroup:
 
         return Record(plan.index, tensors.weights, normalized, parts, recompute)
 
-    def trace(self) -> list[tuple[SpectralNorm, tuple[Tensor, Tensor]]]:
-        """Compute all layers while ``torch.compile`` traces.
-
-        Returns what each parametrization shall have in force: the weight that was normalized and
-        the result. Dynamo follows neither threads nor identities, so there is no record.
-        """
+    def trace(self) -> Record:
+        """Compute all layers while ``torch.compile`` traces."""
         plan = self._plan
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
-        in_force: dict[int, tuple[Tensor, Tensor]] = {}
-        for results, part in self._normalize(plan, tensors, list(range(len(tensors.weights)))):
+        normalized: list[Tensor | None] = [None] * len(tensors.weights)
+        parts = self._normalize(plan, tensors, list(range(len(normalized))))
+        for results, part in parts:
             for place, weight in zip(part, results.normalized, strict=True):
-                in_force[place] = (tensors.weights[place], weight)
-        return [
-            (layer.parametrization, in_force[unit])
-            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
-        ]
+                normalized[place] = weight
+        return Record({}, tensors.weights, normalized, [], None)
 
     def _gather(self) -> tuple[Plan, UnitTensors]:
         """Return a plan that holds, and the tensors of its units."""
@@ -265,30 +270,31 @@ class SpectralGroup:
 class _Entry:
     """The context of one forward; see :meth:`SpectralGroup.normalized`."""
 
-    __slots__ = ("_below", "_group", "_traced")
+    __slots__ = ("_below", "_group", "_visible_below")
 
     def __init__(self, group: SpectralGroup) -> None:
         self._group = group
-        self._traced: list[tuple[SpectralNorm, Any]] | None = None
+        self._below: Record | None = None
+        self._visible_below: Record | None = None
 
     def __enter__(self) -> SpectralGroup:
+        group, visible = self._group, self._group.visible
         if is_dynamo_compiling():
-            found = self._group.trace()
-            self._traced = [(p, p._traced) for p, _ in found]
-            for p, in_force in found:
-                p._traced = in_force
-            return self._group
-        record = self._group.compute()
+            record = group.trace()
+            self._visible_below, visible.record = visible.record, record
+            return group
+        record = group.compute()
+        # From here on no call, and so no interrupt, before the body of the `with` has begun.
         record.below = self._below = active.record
-        active.record = record
-        return self._group
+        if record.below is not None:
+            self._visible_below = visible.record
+        visible.record = active.record = record
+        return group
 
     def __exit__(self, *error: object) -> None:
-        if self._traced is not None:
-            for p, before in self._traced:
-                p._traced = before
-            return
-        active.record = self._below
+        self._group.visible.record = self._visible_below
+        if not is_dynamo_compiling():
+            active.record = self._below
 
 
 def group_of(model: Module) -> SpectralGroup:
@@ -310,10 +316,11 @@ def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:
     if not parts:
         return torch.empty(0)
     if len(parts) == 1:
-        return parts[0][0].sigmas.detach()
-    sigmas = [results.sigmas.detach() for results, _ in parts]
-    dtype = torch.promote_types(sigmas[0].dtype, sigmas[-1].dtype)
-    joined = torch.cat([s.to(sigmas[0].device, dtype) for s in sigmas])
+        sigmas = parts[0][0].sigmas
+        return sigmas.detach() if sigmas.requires_grad else sigmas
+    several = [results.sigmas.detach() for results, _ in parts]
+    dtype = torch.promote_types(several[0].dtype, several[-1].dtype)
+    joined = torch.cat([s.to(several[0].device, dtype) for s in several])
     order = [place for _, part in parts for place in part]
     return joined[[order.index(place) for place in range(count)]]
 

@@ -17,13 +17,14 @@ from ..autograd import Settings
 from ..functional import normalize_layers
 from ..reference import Order, weight_matrix
 from ..validation import check_layer, check_settings, check_weight
-from .active import hidden_saves, lookup
+from .active import Visible, active, hidden_saves, lookup
 from .dynamic_class import own_class, parametrization_lists
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
 
 __all__ = [
+    "IN_GROUP",
     "Origin",
     "SpectralNorm",
     "StockHook",
@@ -34,6 +35,8 @@ __all__ = [
 
 Origin = Literal["own", "parametrization", "hook"]
 
+# The attributes of a layer that is in a group.
+IN_GROUP = ("_group", "_visible", "_place")
 _SETTINGS = {"n_power_iterations", "eps", "dim", "order", "backend"}
 
 
@@ -62,8 +65,9 @@ class SpectralNorm(StockSpectralNorm):
     origin: Origin = "own"
     # Where a hook's tensors stood in its module: for each, the names behind it.
     hook_places: dict[str, tuple[str, ...]]
-    # While a fused model is traced by torch.compile: the weight in force and what it was made of.
-    _traced: tuple[Tensor, Tensor] | None = None
+    # What compiled code sees of the group, and the place of this layer in its lists.
+    _visible: Visible | None = None
+    _place: int = -1
     _group: "weakref.ref[SpectralGroup] | None" = None
 
     def __init__(
@@ -101,16 +105,26 @@ class SpectralNorm(StockSpectralNorm):
                 does not fit. ``_u`` and ``_v`` are as they were.
         """
         if is_dynamo_compiling():
-            if self._traced is not None and self._traced[0] is weight:
-                return self._traced[1]
-            return self._normalize(weight)
-        in_force = lookup(id(self), weight)
+            visible = self._visible_weight(weight)
+            return self._normalize(weight) if visible is None else visible
+        in_force = lookup(active.record, id(self), weight)
         if in_force is not None:
             return in_force
         if torch._C._current_graph_task_id() != -1:  # a checkpointed block is computed again
             with hidden_saves():
                 return self._normalize(weight)
         return self._normalize(weight)
+
+    def _visible_weight(self, weight: Tensor) -> Tensor | None:
+        """Return the weight in force for code that ``torch.compile`` traces."""
+        record = None if self._visible is None else self._visible.record
+        if record is None or record.weights[self._place] is not weight:
+            return None
+        normalized = record.normalized[self._place]
+        wants_grad = torch.is_grad_enabled() and weight.requires_grad
+        if normalized is None or (wants_grad and not normalized.requires_grad):
+            return None
+        return normalized
 
     def _normalize(self, weight: Tensor) -> Tensor:
         """Normalize this layer alone."""
@@ -153,7 +167,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_group", "_traced")}
+        return {k: v for k, v in self.__dict__.items() if k not in IN_GROUP}
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the defaults."""

@@ -128,6 +128,8 @@ class Plan:
         self.index = {
             id(p): unit for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True)
         }
+        for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True):
+            p.__dict__["_place"] = unit
         # The first layer of every unit stands for it.
         units = range(max(self.unit_of_layer, default=-1) + 1)
         self._leads = [self.unit_of_layer.index(unit) for unit in units]

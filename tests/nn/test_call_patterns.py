@@ -250,7 +250,7 @@ def saved_and_loaded(net: nn.Module) -> nn.Module:
     "orders", [("u_first",), ("v_first",), ("u_first", "v_first")], ids="+".join
 )
 @settings(
-    max_examples=25,
+    max_examples=15,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(actions=st.lists(ACTIONS, min_size=1, max_size=12))

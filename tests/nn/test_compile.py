@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from nets import OURS, STOCK, assert_close, assert_same_state, inputs, make
 from torch import nn
 
@@ -16,8 +17,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("what", ["model", "forward"])
-@pytest.mark.parametrize("kind", ["stock", "ours"])
+@pytest.mark.parametrize(("what", "kind"), [("model", "stock"), ("forward", "ours")])
 def test_compiled_model_trains_like_the_uncompiled(kind, what, backend):
     kinds = [STOCK, OURS][kind == "ours"]
     eager, net = (make(kinds["u_first"], kinds["v_first"]) for _ in range(2))
@@ -45,8 +45,7 @@ def test_compiled_model_trains_like_the_uncompiled(kind, what, backend):
             assert_close(compiled(inputs()), eager(inputs()))
     assert active.record is None
     # Nothing stays in force.
-    norm = net.conv.parametrizations.weight[0]
-    assert norm._traced is None
+    assert spectral_ext.group_of(net).visible.record is None
     assert_close(net(inputs()), eager(inputs()))
 
 
@@ -60,6 +59,35 @@ def test_one_graph_for_each_mode(backend):
         for step in range(4):
             compiled(inputs(step)).sum().backward()
     assert counter.frame_count == 2
+
+
+class Body(nn.Sequential):
+    """Torch compiles no forward of its own package as one graph."""
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_part_of_a_fused_model(training, backend):
+    stock, net = make(STOCK["u_first"]), make(STOCK["u_first"])
+    spectral_ext.fuse(net, backend=backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    net.body.__class__ = Body
+    net.body.compile(fullgraph=True, backend=counter)
+    for model in (stock, net):
+        model.train(training)
+    for step in range(3):
+        for model in (stock, net):
+            model.zero_grad()
+            model(inputs(step)).sum().backward()
+        assert_same_state(net, stock)
+    assert counter.frame_count == 1
+    x = torch.ones(2, 48, dtype=torch.float64)
+    assert_close(net.body(x), stock.body(x))  # outside of a forward each layer computes alone
+    assert_same_state(net, stock)
 
 
 def test_tied_weights(backend):
