@@ -8,7 +8,8 @@
 //   ConvTranspose, dim 1     outer = in_channels, inner = kernel elements
 //   a transposed matrix      inner = 1
 //
-// Column c = o * inner + i of the kernels is in storage order; ColumnOrder maps it to the order of v.
+// Column c = o * inner + i of the kernels is in storage order; ColumnOrder maps it to the order of
+// v.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ struct Shape {
   int64_t numel() const { return outer * rows * inner; }
 };
 
-/// The forward of one layer. u, v have the weight's dtype; u_saved, v_saved and sigma the compute type.
+/// The forward of one layer. u, v have the weight's dtype; u_saved, v_saved and sigma the compute
+/// type.
 struct Layer {
   Shape shape;
   DType dtype;

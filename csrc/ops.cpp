@@ -1,8 +1,10 @@
-// The operators' kernels on tensors: checks of every argument, then plain structs for the native code.
-// The only file that includes torch. The schemas are in spectral_ext/ops.py.
+// The operators' kernels on tensors: checks of every argument, then plain structs for the native
+// code. The only file that includes torch. The schemas are in spectral_ext/ops.py.
 //
-// Nothing is written before all checks have passed, and no argument that Python can build may lead to
-// undefined behaviour: sizes, strides, dtypes, storage bounds and overlaps are all looked at here.
+// Nothing is written before all checks have passed, and no argument that Python can build may lead
+// to undefined behaviour: sizes, strides, dtypes, storage bounds and overlaps are all looked at
+// here.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -51,15 +53,16 @@ DType element_type(const Tensor& tensor, const char* name, size_t layer) {
 void check_memory(const Tensor& tensor, const char* name, size_t layer) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " of layer ", layer, " is on ", tensor.device(),
                     ", expected the CPU");
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " of layer ", layer, " must be strided, got ",
-                   tensor.layout());
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " of layer ", layer,
+                   " must be strided, got ", tensor.layout());
   TORCH_CHECK_VALUE(!tensor.is_neg() && !tensor.is_conj(), name, " of layer ", layer,
                     " is a lazy negation or conjugation; resolve it first");
   if (tensor.numel() == 0) return;
   int64_t reach = tensor.storage_offset() + 1;
   for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
-  TORCH_CHECK_VALUE(static_cast<size_t>(reach) * tensor.element_size() <= tensor.storage().nbytes(), name,
-                    " of layer ", layer, " reaches beyond its storage (was it resized or freed?)");
+  TORCH_CHECK_VALUE(static_cast<size_t>(reach) * tensor.element_size() <= tensor.storage().nbytes(),
+                    name, " of layer ", layer,
+                    " reaches beyond its storage (was it resized or freed?)");
 }
 
 void check_same(const Tensor& tensor, const Tensor& like, const char* name, size_t layer) {
@@ -77,15 +80,16 @@ void check_vector(const Tensor& vector, int64_t size, at::ScalarType dtype, cons
                    vector.scalar_type(), ", expected ", dtype);
   TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size, name, " of layer ", layer,
                     " must have shape [", size, "], got ", vector.sizes());
-  TORCH_CHECK_VALUE(size <= 1 || vector.stride(0) > 0, "the elements of ", name, " of layer ", layer,
-                    " overlap in memory");
+  TORCH_CHECK_VALUE(size <= 1 || vector.stride(0) > 0, "the elements of ", name, " of layer ",
+                    layer, " overlap in memory");
 }
 
 void check_flat(const Tensor& tensor, int64_t size, at::ScalarType dtype, const char* name) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
-                        tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.size(0) == size &&
-                        tensor.is_contiguous() && !tensor.is_neg(),
-                    name, " must be a contiguous CPU tensor of shape [", size, "] and dtype ", dtype);
+                        tensor.scalar_type() == dtype && tensor.dim() == 1 &&
+                        tensor.size(0) == size && tensor.is_contiguous() && !tensor.is_neg(),
+                    name, " must be a contiguous CPU tensor of shape [", size, "] and dtype ",
+                    dtype);
   check_memory(tensor, name, 0);
 }
 
@@ -97,7 +101,8 @@ class Overlaps {
     int64_t reach = 1;
     for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
     const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    spans_.push_back({begin, begin + static_cast<size_t>(reach) * tensor.element_size(), name, layer, written});
+    spans_.push_back(
+        {begin, begin + static_cast<size_t>(reach) * tensor.element_size(), name, layer, written});
   }
 
   void check() {
@@ -107,10 +112,11 @@ class Overlaps {
     for (const Span& span : spans_) {
       const Span* other = span.written ? last : last_written;
       TORCH_CHECK(other == nullptr || other->end <= span.begin, other == nullptr ? "" : other->name,
-                  " of layer ", other == nullptr ? 0 : other->layer, " and ", span.name, " of layer ",
-                  span.layer, " overlap in memory, and one of them is written");
+                  " of layer ", other == nullptr ? 0 : other->layer, " and ", span.name,
+                  " of layer ", span.layer, " overlap in memory, and one of them is written");
       if (last == nullptr || span.end > last->end) last = &span;
-      if (span.written && (last_written == nullptr || span.end > last_written->end)) last_written = &span;
+      if (span.written && (last_written == nullptr || span.end > last_written->end))
+        last_written = &span;
     }
   }
 
@@ -194,7 +200,8 @@ void check_compute_dtype(const Tensor& weight, at::ScalarType dtype, size_t laye
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-/// Torch's own thread pool. The C shim needs no OpenMP in this library, which would bring a second pool.
+/// Torch's own thread pool. The C shim needs no OpenMP in this library, which would bring a second
+/// pool.
 void parallel_for(int64_t n, void (*f)(int64_t, int64_t, void*), void* context) {
   torch_parallel_for(0, n, 1, f, context);
 }
@@ -205,8 +212,13 @@ Tensor empty_output(const Tensor& weight) {
   if (weight.nbytes() < cpu::kLargeBlock || !weight.is_non_overlapping_and_dense()) {
     return at::empty_like(weight);
   }
-  return at::from_blob(cpu::allocate(weight.nbytes()), weight.sizes(), weight.strides(), cpu::release,
-                       weight.options().requires_grad(false));
+  Tensor output = at::from_blob(cpu::allocate(weight.nbytes()), weight.sizes(), weight.strides(),
+                                cpu::release, weight.options().requires_grad(false));
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    output.fill_(std::numeric_limits<double>::quiet_NaN());  // as torch does with its own
+  }
+  return output;
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims) {
@@ -251,9 +263,9 @@ void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outpu
     check_same(output, weight, "the output", i);
     TORCH_CHECK_VALUE(output.is_non_overlapping_and_dense(), "the output of layer ", i,
                       " must be dense and must not overlap itself");
-    TORCH_CHECK_VALUE(n_power_iterations[i] >= 1 && n_power_iterations[i] <= std::numeric_limits<int>::max(),
-                      "n_power_iterations of layer ", i, " is ", n_power_iterations[i],
-                      ", expected at least 1");
+    TORCH_CHECK_VALUE(
+        n_power_iterations[i] >= 1 && n_power_iterations[i] <= std::numeric_limits<int>::max(),
+        "n_power_iterations of layer ", i, " is ", n_power_iterations[i], ", expected at least 1");
     TORCH_CHECK_VALUE(eps[i] > 0 && std::isfinite(eps[i]), "eps of layer ", i, " is ", eps[i],
                       ", expected a positive number");
     // A weight in another order than its output is copied into the output and normalized there.
@@ -303,8 +315,9 @@ void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outpu
 }
 
 std::vector<Tensor> backward(const c10::List<std::optional<Tensor>>& grad_outputs,
-                             const std::optional<Tensor>& grad_sigmas, TensorList outputs, Tensor saved,
-                             Tensor sigmas, at::IntArrayRef dims, const c10::List<bool>& mask) {
+                             const std::optional<Tensor>& grad_sigmas, TensorList outputs,
+                             Tensor saved, Tensor sigmas, at::IntArrayRef dims,
+                             const c10::List<bool>& mask) {
   const at::AutoDispatchBelowAutograd guard;
   const size_t count = outputs.size();
   check_count(grad_outputs.size(), count, "grad_outputs");
@@ -342,12 +355,20 @@ std::vector<Tensor> backward(const c10::List<std::optional<Tensor>>& grad_output
     const char* u = next_saved;
     next_saved += (shapes[i].rows + shapes[i].columns()) * size;
     if (!mask[i]) continue;
-    LayerGradient layer{shapes[i], element, nullptr, nullptr, outputs[i].const_data_ptr(),
-                        u, u + shapes[i].rows * size, nullptr, nullptr};
+    LayerGradient layer{shapes[i],
+                        element,
+                        nullptr,
+                        nullptr,
+                        outputs[i].const_data_ptr(),
+                        u,
+                        u + shapes[i].rows * size,
+                        nullptr,
+                        nullptr};
     const std::optional<Tensor> grad = grad_outputs[i];
     if (grad.has_value() && grad->defined()) {
       kept.push_back(*grad);
-      if (grad->strides() != outputs[i].strides()) kept.back() = empty_output(outputs[i]).copy_(*grad);
+      if (grad->strides() != outputs[i].strides())
+        kept.back() = empty_output(outputs[i]).copy_(*grad);
       layer.grad_output = kept.back().const_data_ptr();
     }
     if (grad_sigma.defined()) {

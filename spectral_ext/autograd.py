@@ -30,7 +30,12 @@ class Settings(NamedTuple):
 
     def select(self, indices: list[int]) -> "Settings":
         """Return the settings of some of the layers."""
-        return Settings(*([column[i] for i in indices] for column in self))
+        return Settings(
+            [self.dims[i] for i in indices],
+            [self.n_power_iterations[i] for i in indices],
+            [self.eps[i] for i in indices],
+            [self.v_first[i] for i in indices],
+        )
 
 
 @dataclass(slots=True)
@@ -99,12 +104,24 @@ class _SpectralNormalize(torch.autograd.Function):
             needed and not (grad is None and grad_sigmas is None)
             for needed, grad in zip(ctx.needs_input_grad[1:], grad_outputs, strict=True)
         ]
-        # A gradient that is itself differentiated is made of torch operations, on any backend.
-        backend = reference if torch.is_grad_enabled() else ctx.backend
+        # A gradient that is itself differentiated, or one of a batch, is made of torch operations.
+        backend = reference if torch.is_grad_enabled() or _batched(grads) else ctx.backend
         found = iter(
             backend.backward(grad_outputs, grad_sigmas, outputs, saved, sigmas, ctx.dims, mask)
         )
         return (None, *(next(found) if wanted else None for wanted in mask))
+
+
+def _batched(grads: tuple[Tensor | None, ...]) -> bool:
+    """Return whether a gradient is a batch of them inside ``vmap``, whose memory no kernel can see."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return any(
+        functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)
+        for g in grads
+        if g is not None
+    )
 
 
 def attach(weights: list[Tensor], computation: Computation) -> tuple[list[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def spectral_normalize(
     """
     count = len(weights) if isinstance(weights, (list, tuple)) else 0
 
-    def spread(value: object) -> list:
+    def spread(value: Any) -> list[Any]:
         return list(value) if isinstance(value, (list, tuple)) else [value] * count
 
     iterations, epsilons, orders = spread(n_power_iterations), spread(eps), spread(order)
@@ -110,8 +111,8 @@ class Results:
 
 def normalize_layers(
     weights: list[Tensor],
-    us: list[Tensor | None],
-    vs: list[Tensor | None],
+    us: list[Any],
+    vs: list[Any],
     settings: Settings,
     update: bool,
     backend: str | None,
@@ -123,7 +124,11 @@ def normalize_layers(
     ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference.
     """
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
-    if len(devices) == len(dtypes) == 1 and not dtypes & _COMPLEX and all(u is not None for u in us):
+    if (
+        len(devices) == len(dtypes) == 1
+        and not dtypes & _COMPLEX
+        and all(u is not None for u in us)
+    ):
         chosen = select(backend, *devices)
         computation = compute(weights, us, vs, settings, update, chosen)
         normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
@@ -156,8 +161,8 @@ def _attach_in_buckets(
 
 def _normalize_mixed(
     weights: list[Tensor],
-    us: list[Tensor | None],
-    vs: list[Tensor | None],
+    us: list[Any],
+    vs: list[Any],
     settings: Settings,
     update: bool,
     backend: str | None,
@@ -169,8 +174,8 @@ def _normalize_mixed(
         None if u is None or weight.is_complex() else (weight.device, compute_dtype(weight.dtype))
         for weight, u in zip(weights, us, strict=True)
     ]
-    normalized: list = [None] * count
-    sigma: list = [None] * count
+    normalized: list[Any] = [None] * count
+    sigma: list[Any] = [None] * count
     computations: list[tuple[Computation, int] | None] = [None] * count
     # Choose every backend before the first call, so that an error leaves all layers as they were.
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
@@ -203,7 +208,7 @@ def _normalize_mixed(
 
 
 def _normalize_by_reference(
-    weight: Tensor, u: Tensor | None, v: Tensor | None, settings: Settings, update: bool
+    weight: Tensor, u: Any, v: Any, settings: Settings, update: bool
 ) -> tuple[Tensor, Tensor]:
     if u is not None or v is not None:
         check_layer("weight", weight, u, v, settings.dims[0])

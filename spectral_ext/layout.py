@@ -19,9 +19,7 @@ def matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
     return rows, weight.numel() // rows
 
 
-def allocate(
-    weights: Sequence[Tensor], dims: Sequence[int]
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def allocate(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return uninitialized outputs like the weights, and the flat buffers for ``u, v`` and σ.
 
     The weights, at least one, share a device and a compute dtype.
@@ -40,7 +38,9 @@ def split_saved(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return views of ``saved`` as ``(u, v)`` for every layer."""
     sizes = [
-        size for weight, dim in zip(weights, dims, strict=True) for size in matrix_shape(weight, dim)
+        size
+        for weight, dim in zip(weights, dims, strict=True)
+        for size in matrix_shape(weight, dim)
     ]
     vectors = saved.split(sizes)
     return list(zip(vectors[::2], vectors[1::2], strict=True))

@@ -19,7 +19,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Normalized", "Order", "backward", "power_iteration", "spectral_normalize", "weight_matrix"]
+__all__ = [
+    "Normalized",
+    "Order",
+    "backward",
+    "power_iteration",
+    "spectral_normalize",
+    "weight_matrix",
+]
 
 Order = Literal["u_first", "v_first"]
 
@@ -90,7 +97,9 @@ def spectral_normalize(
     if weight.ndim == 1 and order == "u_first":
         sigma = torch.linalg.vector_norm(weight.to(compute_dtype)).clamp_min(eps)
         normalized = weight.to(compute_dtype) / sigma
-        return Normalized(normalized.to(weight.dtype), sigma, torch.ones_like(sigma)[None], normalized)
+        return Normalized(
+            normalized.to(weight.dtype), sigma, torch.ones_like(sigma)[None], normalized
+        )
 
     matrix = weight_matrix(weight, dim).to(compute_dtype)
     u, v = u.to(compute_dtype), v.to(compute_dtype)

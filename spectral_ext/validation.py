@@ -6,9 +6,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-__all__ = ["DimensionError", "check_layer", "check_lists", "check_overlap", "check_settings", "check_weight"]
+__all__ = [
+    "DimensionError",
+    "check_layer",
+    "check_lists",
+    "check_overlap",
+    "check_settings",
+    "check_weight",
+]
 
 
 class DimensionError(IndexError, ValueError):
@@ -61,9 +68,7 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
     return dim % weight.ndim
 
 
-def check_layer(
-    name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, dim: int
-) -> None:
+def check_layer(name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, dim: int) -> None:
     """Raise unless ``u`` and ``v`` fit the (checked) weight of layer ``name``."""
     rows = weight.shape[dim]
     for vector_name, vector, size in (("u", u, rows), ("v", v, weight.numel() // rows)):
@@ -97,8 +102,7 @@ def check_lists(weights: Sequence[Tensor], **others: Sequence[object]) -> None:
             raise TypeError(f"{name} must be a list or tuple, got {type(values).__name__}")
         if len(values) != len(weights):
             raise ValueError(
-                f"{name} has {len(values)} entries for {len(weights)} weights; "
-                "they must be as many"
+                f"{name} has {len(values)} entries for {len(weights)} weights; they must be as many"
             )
 
 
@@ -115,4 +119,6 @@ def check_overlap(us: Sequence[Tensor | None], vs: Sequence[Tensor | None]) -> N
     spans.sort()
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(spans):
         if device == next_device and start < end:
-            raise RuntimeError(f"{name} and {next_name} overlap in memory; both are written in place")
+            raise RuntimeError(
+                f"{name} and {next_name} overlap in memory; both are written in place"
+            )

@@ -1,9 +1,10 @@
 // Gradients of many layers: gW = (G − a·u vᵀ) / σ + gσ·u vᵀ with a = ⟨G, Y⟩, u and v constant.
 //
-// Two stages for a layer: dot products over slices of the storage, added up in order; then the rank-one
-// update of each slice, last slice first, since its G is still in cache. Storage is walked in lines:
-// runs of elements that share a row (a column, where inner is 1), so that one factor of u vᵀ is a number
-// and the other a contiguous vector. Where σ is zero the forward passed the weight through: gW = G.
+// Two stages for a layer: dot products over slices of the storage, added up in order; then the
+// rank-one update of each slice, last slice first, since its G is still in cache. Storage is walked
+// in lines: runs of elements that share a row (a column, where inner is 1), so that one factor of u
+// vᵀ is a number and the other a contiguous vector. Where σ is zero the forward passed the weight
+// through: gW = G.
 #include <algorithm>
 #include <type_traits>
 
@@ -33,7 +34,8 @@ class Backward {
   using A = compute_t<T>;
 
  public:
-  Backward(const LayerGradient& layer, const Cut& cut, bool streaming, double* partial, char* scratch)
+  Backward(const LayerGradient& layer, const Cut& cut, bool streaming, double* partial,
+           char* scratch)
       : layer_(layer),
         cut_(cut),
         streaming_(streaming && !cut.whole),
@@ -81,8 +83,8 @@ class Backward {
       const int64_t count = std::min(length - offset, end - i);
       const A factor = by_rows ? u[line % shape.rows] : v[line];
       const A* vector = (by_rows ? v + line / shape.rows * shape.inner : u) + offset;
-      kernels_.rank_one(g == nullptr ? nullptr : g + i, vector, scale, coefficient * factor, out + i, count,
-                        streaming_);
+      kernels_.rank_one(g == nullptr ? nullptr : g + i, vector, scale, coefficient * factor,
+                        out + i, count, streaming_);
       i += count;
     }
     if (streaming_) kernels_.fence();

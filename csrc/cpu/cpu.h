@@ -9,7 +9,8 @@
 
 namespace spectral_ext::cpu {
 
-/// Normalizes all layers. `update` writes u and v. Throws std::bad_alloc before anything is written.
+/// Normalizes all layers. `update` writes u and v. Throws std::bad_alloc before anything is
+/// written.
 void forward(const std::vector<Layer>& layers, bool update, int threads,
              Schedule::ParallelFor parallel_for);
 

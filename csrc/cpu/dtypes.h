@@ -47,7 +47,8 @@ inline uint32_t bits_of(float x) {
 inline float to_compute(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 inline float to_compute(Float16 x) {
-  // Moved into place, the exponent is short by 112; a multiplication mends that, also for subnormals.
+  // Moved into place, the exponent is short by 112; a multiplication mends that, also for
+  // subnormals.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   uint32_t bits = bits_of(float_of(magnitude) * float_of(0x77800000u));
   bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN

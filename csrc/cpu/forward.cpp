@@ -2,12 +2,12 @@
 //
 // One read of W per iteration: row by row, while the row is in cache, t_r = row·v and s += t_r·row.
 // With t = Mv, s = Mᵀt, d1 = max(‖t‖, eps) this gives u = t/d1, y = s/d1 = Mᵀu, n = ‖y‖,
-// d2 = max(n, eps), v = y/d2 and σ = uᵀMv = n·n/d2: exactly stock's numbers, eps included, from one pass
-// where stock makes three. v_first starts with column sums weighted by u and ends with row dots; its
-// passes between are the same. In evaluation one pass gives σ = Σ u_r t_r.
+// d2 = max(n, eps), v = y/d2 and σ = uᵀMv = n·n/d2: exactly stock's numbers, eps included, from one
+// pass where stock makes three. v_first starts with column sums weighted by u and ends with row
+// dots; its passes between are the same. In evaluation one pass gives σ = Σ u_r t_r.
 //
-// Stages of a layer: for each pass, blocks of rows (then, if columns were summed, chunks of columns that
-// add the blocks up in order); at last, slices of the storage that are divided by σ.
+// Stages of a layer: for each pass, blocks of rows (then, if columns were summed, chunks of columns
+// that add the blocks up in order); at last, slices of the storage that are divided by σ.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -51,14 +51,17 @@ struct Cut {
       }
     }
     whole = bytes <= kWholeBytes;
-    // Wide rows: enough of them to pay for a partial sum. Tall layers: few enough for its precision.
-    const int64_t rows = std::max(ceil_div(kItemBytes, row_bytes), std::min(kMinRows, ceil_div(4 * kItemBytes, row_bytes)));
+    // Wide rows: enough of them to pay for a partial sum. Tall layers: few enough for its
+    // precision.
+    const int64_t rows = std::max(ceil_div(kItemBytes, row_bytes),
+                                  std::min(kMinRows, ceil_div(4 * kItemBytes, row_bytes)));
     rows_per_block = std::min({shape.rows, kMaxRows, ceil_div(rows, 4) * 4});
     blocks = ceil_div(shape.rows, rows_per_block);
     chunks = whole ? 1 : ceil_div(columns, kChunkColumns);
     slice = whole ? shape.numel() : kItemBytes / element_size(layer.dtype);
     slices = ceil_div(shape.numel(), slice);
-    rows_per_pack = std::min(rows_per_block, std::max<int64_t>(4, kPackBytes / (columns * 8) / 4 * 4));
+    rows_per_pack =
+        std::min(rows_per_block, std::max<int64_t>(4, kPackBytes / (columns * 8) / 4 * 4));
   }
 
   std::vector<int64_t> stage_sizes() const {
@@ -174,12 +177,13 @@ class Forward {
     const int64_t columns = layer_.shape.columns();
     const int64_t begin = cut_.chunks == 1 ? 0 : chunk * kChunkColumns;
     const int64_t end = cut_.chunks == 1 ? columns : std::min(columns, begin + kChunkColumns);
-    // s = Σ partial / scale: bring all blocks to the smallest scale, a power of two, which loses nothing.
+    // s = Σ partial / scale: bring all blocks to the smallest scale, a power of two, which loses
+    // nothing.
     const A common = *std::min_element(work_.scale, work_.scale + cut_.blocks);
     const double d1 = cut_.passes[p].dots ? std::max(norm_of_blocks(), layer_.eps) : 1;
-    work_.chunk_sum[chunk] =
-        kernels_.combine(work_.partial + begin, columns, cut_.blocks, work_.scale, common,
-                         static_cast<A>(d1 * static_cast<double>(common)), work_.y + begin, end - begin);
+    work_.chunk_sum[chunk] = kernels_.combine(
+        work_.partial + begin, columns, cut_.blocks, work_.scale, common,
+        static_cast<A>(d1 * static_cast<double>(common)), work_.y + begin, end - begin);
   }
 
   /// Divides a slice of the storage by σ; the first slice also writes σ and the vectors.
@@ -188,8 +192,9 @@ class Forward {
     if (slice == 0) write_vectors(sigma);
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
-    kernels_.divide(static_cast<const T*>(layer_.weight) + begin, static_cast<T*>(layer_.output) + begin,
-                    count, sigma == 0 ? A(1) : sigma, streaming_);
+    kernels_.divide(static_cast<const T*>(layer_.weight) + begin,
+                    static_cast<T*>(layer_.output) + begin, count, sigma == 0 ? A(1) : sigma,
+                    streaming_);
     if (streaming_) kernels_.fence();
   }
 
@@ -205,7 +210,8 @@ class Forward {
     return static_cast<A>(n * (n / std::max(n, layer_.eps)));
   }
 
-  /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before found.
+  /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before
+  /// found.
   const A* current_v(size_t p) {
     const int64_t columns = layer_.shape.columns();
     if (p == 0) {
@@ -242,8 +248,12 @@ class Forward {
     });
   }
 
-  A u_at(int64_t i) const { return to_compute(static_cast<const T*>(layer_.u)[i * layer_.u_stride]); }
-  A v_at(int64_t i) const { return to_compute(static_cast<const T*>(layer_.v)[i * layer_.v_stride]); }
+  A u_at(int64_t i) const {
+    return to_compute(static_cast<const T*>(layer_.u)[i * layer_.u_stride]);
+  }
+  A v_at(int64_t i) const {
+    return to_compute(static_cast<const T*>(layer_.v)[i * layer_.v_stride]);
+  }
 
   const Kernels<T>& kernels_ = kernels<T>();
   const Layer& layer_;
@@ -264,10 +274,12 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   int64_t bytes = 0, scratch_bytes = 0;
   for (const Layer& layer : layers) {
     const Cut& cut = cuts.emplace_back(layer, update);
-    schedule.add_layer(cut.stage_sizes(), cut.whole, static_cast<int>(cut.stage_sizes().size()) - 1);
+    schedule.add_layer(cut.stage_sizes(), cut.whole,
+                       static_cast<int>(cut.stage_sizes().size()) - 1);
     bytes += layer.shape.numel() * element_size(layer.dtype);
     dispatch(layer.dtype, [&](auto element) {
-      scratch_bytes = std::max(scratch_bytes, Forward<decltype(element)>::scratch_bytes(layer, cut));
+      scratch_bytes =
+          std::max(scratch_bytes, Forward<decltype(element)>::scratch_bytes(layer, cut));
     });
   }
   const int workers = bytes <= kSerialBytes ? 1 : threads;

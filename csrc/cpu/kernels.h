@@ -23,8 +23,8 @@ struct Kernels {
   A (*gram)(const A* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A scale);
 
   /// y[j] = Σ_b partial[b · stride + j] · common / scale[b], over `divisor`. Returns Σ y².
-  double (*combine)(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common, A divisor,
-                    A* y, int64_t n);
+  double (*combine)(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,
+                    A divisor, A* y, int64_t n);
 
   /// y = w / sigma, rounded as a division is. `streaming` writes past the caches.
   void (*divide)(const T* w, T* y, int64_t n, A sigma, bool streaming);
@@ -33,7 +33,8 @@ struct Kernels {
   double (*dot)(const T* a, const T* b, int64_t n);
 
   /// out = scale · g − coefficient · x; a null g is zero.
-  void (*rank_one)(const T* g, const A* x, A scale, A coefficient, T* out, int64_t n, bool streaming);
+  void (*rank_one)(const T* g, const A* x, A scale, A coefficient, T* out, int64_t n,
+                   bool streaming);
 
   /// Makes streamed writes visible before whatever is written next.
   void (*fence)();

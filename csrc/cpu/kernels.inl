@@ -16,7 +16,8 @@ struct VectorOf<float> {
 };
 template <>
 struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(SPECTRAL_EXT_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double type
+      __attribute__((vector_size(SPECTRAL_EXT_VECTOR_BYTES), aligned(8), may_alias));
 };
 template <class A>
 using Vector = typename VectorOf<A>::type;
@@ -80,14 +81,16 @@ void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, com
       const int64_t width = std::min(kStrip, columns - o);
       for (int64_t r = 0; r < count; ++r) {
         const T* source = weight + o * rows + first + r;
-        for (int64_t k = 0; k < width; ++k) packed[r * columns + o + k] = to_compute(source[k * rows]);
+        for (int64_t k = 0; k < width; ++k)
+          packed[r * columns + o + k] = to_compute(source[k * rows]);
       }
     }
   } else {
     for (int64_t o = 0; o < shape.outer; ++o) {
       for (int64_t r = 0; r < count; ++r) {
         const T* source = weight + (o * rows + first + r) * inner;
-        for (int64_t i = 0; i < inner; ++i) packed[r * columns + o * inner + i] = to_compute(source[i]);
+        for (int64_t i = 0; i < inner; ++i)
+          packed[r * columns + o * inner + i] = to_compute(source[i]);
       }
     }
   }
@@ -108,7 +111,8 @@ inline void dot_rows(const A* rows, int64_t columns, const A* v, A* t) {
         sum[r][1] += load(rows + r * columns + j + n) * load(v + j + n);
       }
     }
-    for (int r = 0; r < kRows; ++r) total[r] += static_cast<double>(lane_sum<A>(sum[r][0] + sum[r][1]));
+    for (int r = 0; r < kRows; ++r)
+      total[r] += static_cast<double>(lane_sum<A>(sum[r][0] + sum[r][1]));
   }
   A tail[kRows] = {};
   for (; j < columns; ++j) {
@@ -161,8 +165,8 @@ A gram(const A* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A 
 }
 
 template <class A>
-double combine(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common, A divisor, A* y,
-               int64_t n) {
+double combine(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,
+               A divisor, A* y, int64_t n) {
   for (int64_t b = 0; b < blocks; ++b) {
     const A* source = partial + b * stride;
     const A ratio = common / scale[b];
@@ -246,13 +250,14 @@ double dot(const T* a, const T* b, int64_t n) {
     }
     total += static_cast<double>(lane_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
-  for (; i < n; ++i) total += static_cast<double>(to_compute(a[i])) * static_cast<double>(to_compute(b[i]));
+  for (; i < n; ++i)
+    total += static_cast<double>(to_compute(a[i])) * static_cast<double>(to_compute(b[i]));
   return total;
 }
 
 template <class T>
-void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient, T* out,
-              int64_t n, bool streaming) {
+void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient,
+              T* out, int64_t n, bool streaming) {
   if (g == nullptr) {
     for (int64_t i = 0; i < n; ++i) out[i] = from_compute<T>(-coefficient * x[i]);
   } else if constexpr (sizeof(T) >= 4) {
@@ -271,9 +276,8 @@ void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T
 }
 
 template <class T>
-constexpr Kernels<T> kKernels = {pack<T>,   gram<compute_t<T>>, combine<compute_t<T>>,
-                                 divide<T>, dot<T>,             rank_one<T>,
-                                 fence};
+constexpr Kernels<T> kKernels = {
+    pack<T>, gram<compute_t<T>>, combine<compute_t<T>>, divide<T>, dot<T>, rank_one<T>, fence};
 
 }  // namespace
 }  // namespace spectral_ext::cpu

@@ -25,7 +25,8 @@
 #include "kernels.inl"
 
 namespace spectral_ext::cpu {
-const Level kAvx2 = {"avx2", kKernels<float>, kKernels<double>, kKernels<BFloat16>, kKernels<Float16>};
+const Level kAvx2 = {"avx2", kKernels<float>, kKernels<double>, kKernels<BFloat16>,
+                     kKernels<Float16>};
 }
 
 #if defined(__clang__)

@@ -16,7 +16,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-/// Keeps released blocks for the next call, but never holds more in all than was in use at one time.
+/// Keeps released blocks for the next call, but never holds more in all than was in use at one
+/// time.
 class Pool {
  public:
   void* allocate(size_t bytes) {

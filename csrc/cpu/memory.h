@@ -1,7 +1,7 @@
 // Memory for large outputs. The system gives fresh memory page by page, which costs more than the
-// arithmetic that fills it: 352 MB of fresh 4 KB pages take longer than normalizing 352 MB of weights.
-// So blocks are aligned to huge pages, ask for them, and are kept for the next call when nobody
-// references them any more.
+// arithmetic that fills it: 352 MB of fresh 4 KB pages take longer than normalizing 352 MB of
+// weights. So blocks are aligned to huge pages, ask for them, and are kept for the next call when
+// nobody references them any more.
 #pragma once
 
 #include <cstddef>

@@ -1,13 +1,14 @@
 // Work items of many layers, run by any number of threads in one parallel region.
 //
-// The work on a layer comes in stages, each of which needs all of the one before. Items stand in a list
-// so that whatever an item needs stands before it. A thread takes the next item of the list, waits
-// until its layer has come far enough, and runs it. Since everything that an item can wait for has
-// already been taken by a running thread, this never deadlocks, not even with one thread. Layers follow
-// one another without a barrier, and a layer's weights are read again while they are still in cache.
+// The work on a layer comes in stages, each of which needs all of the one before. Items stand in a
+// list so that whatever an item needs stands before it. A thread takes the next item of the list,
+// waits until its layer has come far enough, and runs it. Since everything that an item can wait
+// for has already been taken by a running thread, this never deadlocks, not even with one thread.
+// Layers follow one another without a barrier, and a layer's weights are read again while they are
+// still in cache.
 //
-// The items depend on shapes alone and each is computed the same way by whoever takes it: results are
-// the same bits for any number of threads.
+// The items depend on shapes alone and each is computed the same way by whoever takes it: results
+// are the same bits for any number of threads.
 #pragma once
 
 #include <cstdint>

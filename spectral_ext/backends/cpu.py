@@ -7,7 +7,7 @@ from .. import ops  # noqa: F401  (the schemas come first)
 try:
     from .. import _C
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = error
 
 __all__ = ["allocate", "backward", "forward_", "unavailable"]

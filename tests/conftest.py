@@ -1,0 +1,41 @@
+"""Fixtures of all tests: backends, poisoned memory, reproducible hypothesis runs."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from spectral_ext import backends
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+)
+hypothesis.settings.load_profile("default")
+
+# Test processes run side by side; threads that wait for each other's cores would slow all of them.
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+CPU_BACKENDS = [name for name in backends.names() if backends.unavailable(name, CPU) is None]
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that computes on CPU tensors here."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what `torch.empty` returns with NaN, so that an output that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Start every test from the same random numbers."""
+    torch.manual_seed(0)
