@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from stock import Layer
+from torch import Tensor
 
 MODELS = json.loads((Path(__file__).parent / "data" / "model_shapes.json").read_text())
 
