@@ -173,8 +173,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 def print_peak(name: str) -> None:
     """Print the bytes by which a first forward+backward of ours raises the peak resident size.
 
-    Runs in a process of its own. A tiny model goes first: what a library allocates once, and the
-    threads' stacks, are not the model's.
+    Runs in a process of its own; a tiny model goes first and takes what is allocated only once.
     """
 
     def status(field: str) -> int:
@@ -269,7 +268,7 @@ def main() -> int:
         print_peak(args.peak_of)
         return 0
 
-    console = Console()
+    console = Console(width=max(100, Console().width))  # names are not cut short in a pipe
     machine = machine_of(args.threads)
     ratios = Table("model", "mode", "ours against", "ratio", "target", "", title="ratios")
     with Progress(console=console, transient=True) as progress:
