@@ -298,6 +298,13 @@ def test_tied_weights_are_computed_once(backend):
     net.float().double()
     net(torch.ones(1, 4, dtype=torch.float64))
     assert norms[0]._u is norms[2]._u
+    # They advance where one of them is in training.
+    for modes, advances in (((True, False), True), ((False, True), True), ((False, False), False)):
+        net[0].train(modes[0])
+        net[2].train(modes[1])
+        before = norms[0]._u.clone()
+        net(torch.ones(1, 4, dtype=torch.float64))
+        assert torch.equal(norms[0]._u, before) is not advances
     # A new parameter unties them, and so does unfuse.
     net[2].parametrizations.weight.original = nn.Parameter(torch.eye(4, dtype=torch.float64))
     net(torch.ones(1, 4, dtype=torch.float64))
