@@ -79,6 +79,7 @@ class Weights(nn.Module):
         self.net = net
 
     def forward(self) -> list[Tensor]:
+        """Return the normalized weights."""
         return weights_of(self.net)
 
 
