@@ -1,16 +1,20 @@
-// The Python module spectral_ext._C: what the native library was built from and with. The operators
-// are not here: importing the library registers them with torch (see ops.cpp).
+// The Python module spectral_ext._C: what the native library was built from and with, and the plan
+// of the CUDA kernels for tests. The operators are not here: importing the library registers them
+// with torch (see ops.cpp).
 //
 // build_config.py passes what only the build knows: SPECTRAL_EXT_TORCH, _FLAGS, _CUDA and
 // _CUDA_ARCHITECTURES (the last two are empty without CUDA kernels).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/levels.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -59,10 +63,118 @@ py::dict build_info() {
   return info;
 }
 
+DType element_type(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype is '" + name +
+                              "'; expected float32, float64, bfloat16 or float16");
+}
+
+const char* name_of(cuda::Kind kind) {
+  switch (kind) {
+    case cuda::Kind::kRows:
+      return "rows";
+    case cuda::Kind::kColumns:
+      return "columns";
+    case cuda::Kind::kVectors:
+      return "vectors";
+    case cuda::Kind::kScale:
+      return "scale";
+    case cuda::Kind::kOrder:
+      return "order";
+    case cuda::Kind::kDot:
+      return "dot";
+    case cuda::Kind::kUpdate:
+      return "update";
+  }
+  return "";
+}
+
+/// The places of layers whose vectors are saved one after the other.
+cuda::Places places_of(const std::vector<Shape>& shapes) {
+  cuda::Places places;
+  int64_t saved = 0;
+  for (const Shape& shape : shapes) {
+    places.sigma.push_back(static_cast<int32_t>(places.sigma.size()));
+    places.saved.push_back(saved);
+    saved += shape.rows + shape.columns();
+  }
+  return places;
+}
+
+py::dict describe(const cuda::Plan& plan) {
+  py::list layers, pieces;
+  for (const cuda::LayerTable& table : plan.layers) {
+    layers.append(py::dict(py::arg("blocks") = table.blocks, py::arg("chunks") = table.chunks,
+                           py::arg("row_group") = table.row_group));
+  }
+  for (const cuda::Piece& piece : plan.pieces) {
+    pieces.append(py::dict(py::arg("layer") = piece.layer, py::arg("kind") = name_of(piece.kind),
+                           py::arg("begin") = piece.begin, py::arg("end") = piece.end,
+                           py::arg("index") = piece.index, py::arg("required") = piece.required,
+                           py::arg("dots") = piece.dots, py::arg("sums") = piece.sums,
+                           py::arg("initial") = piece.initial));
+  }
+  py::dict result;
+  result["layers"] = layers;
+  result["pieces"] = pieces;
+  result["tickets"] = plan.tickets;
+  result["phases"] = plan.phases;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  return result;
+}
+
+using ShapeTuple = std::array<int64_t, 3>;
+
+std::vector<Shape> to_shapes(const std::vector<ShapeTuple>& shapes) {
+  if (shapes.empty() || shapes.size() > cuda::kMaxLayers) {
+    throw std::invalid_argument("a launch has between 1 and " + std::to_string(cuda::kMaxLayers) +
+                                " layers, got " + std::to_string(shapes.size()));
+  }
+  std::vector<Shape> result;
+  for (const auto& [outer, rows, inner] : shapes) {
+    if (outer < 1 || rows < 1 || inner < 1) throw std::invalid_argument("sizes must be at least 1");
+    result.push_back({outer, rows, inner, {}});
+  }
+  return result;
+}
+
+py::dict plan_forward(const std::vector<ShapeTuple>& shapes, const std::string& dtype, bool v_first,
+                      int n_power_iterations, bool update, int tickets, int64_t max_columns) {
+  const std::vector<Shape> described = to_shapes(shapes);
+  std::vector<Layer> layers;
+  for (const Shape& shape : described) {
+    layers.push_back({shape, element_type(dtype), v_first, n_power_iterations, 1e-12, nullptr,
+                      nullptr, nullptr, nullptr, 1, 1, nullptr, nullptr, nullptr});
+  }
+  return describe(cuda::plan_forward(layers, places_of(described), update, {tickets, max_columns}));
+}
+
+py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string& dtype,
+                       int tickets) {
+  const std::vector<Shape> described = to_shapes(shapes);
+  std::vector<LayerGradient> layers;
+  for (const Shape& shape : described) {
+    layers.push_back({shape, element_type(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
+                      nullptr, nullptr});
+  }
+  return describe(cuda::plan_backward(layers, places_of(described), {tickets, 1 << 30}));
+}
+
 }  // namespace
 }  // namespace spectral_ext
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native library of spectral_ext.";
   m.def("build_info", &spectral_ext::build_info, "What the library was built from and with.");
+  m.def("plan_forward", &spectral_ext::plan_forward, py::arg("shapes"),
+        py::arg("dtype") = "float32", py::arg("v_first") = false, py::arg("n_power_iterations") = 1,
+        py::arg("update") = true, py::arg("tickets") = 264,
+        py::arg("max_columns") = int64_t{1} << 30,
+        "How a CUDA launch cuts the forward of layers of shapes (outer, rows, inner).");
+  m.def("plan_backward", &spectral_ext::plan_backward, py::arg("shapes"),
+        py::arg("dtype") = "float32", py::arg("tickets") = 264,
+        "How a CUDA launch cuts the backward of layers.");
 }
