@@ -1,5 +1,6 @@
 """How the CUDA backend cuts its work. The plan is host code: no GPU and no CUDA toolkit is needed."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -25,9 +26,9 @@ def model_shapes(name):
 def tickets_of(plan):
     """Return the pieces of each ticket, and of each phase its tickets."""
     starts = plan["tickets"]
-    tickets = [plan["pieces"][a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    tickets = [plan["pieces"][a:b] for a, b in itertools.pairwise(starts)]
     starts = plan["phases"]
-    return tickets, [tickets[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return tickets, [tickets[a:b] for a, b in itertools.pairwise(starts)]
 
 
 def check_covered(pieces, size):
