@@ -5,7 +5,7 @@
 // each other; __syncthreads, full-warp shuffles, signals between CTAs, shared memory that begins as
 // garbage, alignment of vectors (an unaligned one is an error). A fiber runs until it waits, so a
 // thread that should have waited for others runs ahead of them as far as it can. If nobody can go
-// on, it names the pieces that are waited for and aborts.
+// on, it prints the seed and aborts.
 //
 // What it cannot: memory is sequentially consistent here, so a missing release or acquire changes
 // nothing (ThreadSanitizer sees those); warps do not run in lockstep; no caches, no timing.
