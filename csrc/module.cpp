@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -65,4 +66,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native library of spectral_ext.";
   m.def("build_info", &spectral_ext::build_info, "What the library was built from and with.");
+  m.def("empty_cache", &spectral_ext::cpu::release_unused, "Return unused memory; how many bytes.");
 }
