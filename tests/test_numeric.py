@@ -76,6 +76,21 @@ def test_many_iterations_find_the_norm(backend, order, dtype):
     assert abs(sigmas[0].item() / truth.item() - 1) < 1e-5
 
 
+@pytest.mark.parametrize("divisor", [1.0, 3.0, 2.0**-7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_converted_and_rounded_as_in_torch(backend, dtype, divisor):
+    """With u, v the first unit vectors σ is the first element: all other quotients are known."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = torch.where(values.isfinite(), values, 0).reshape(256, 256).clone()
+    weight[0, 0] = divisor
+    unit = torch.zeros(256, dtype=dtype)
+    unit[0] = 1
+    (normalized,), _ = spectral_normalize(
+        [weight], [unit], [unit.clone()], update=False, backend=backend
+    )
+    assert torch.equal(normalized, (weight.float() / divisor).to(dtype))
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 @pytest.mark.parametrize("order", ORDERS)
 def test_scales(backend, order, scale):
