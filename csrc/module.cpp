@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/levels.h"
+#include "cpu/memory.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -169,6 +170,7 @@ py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string&
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native library of spectral_ext.";
   m.def("build_info", &spectral_ext::build_info, "What the library was built from and with.");
+  m.def("empty_cache", &spectral_ext::cpu::release_unused, "Return unused memory; how many bytes.");
   m.def("plan_forward", &spectral_ext::plan_forward, py::arg("shapes"),
         py::arg("dtype") = "float32", py::arg("v_first") = false, py::arg("n_power_iterations") = 1,
         py::arg("update") = true, py::arg("tickets") = 264,

@@ -265,7 +265,8 @@ void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outpu
                       " must be dense and must not overlap itself");
     TORCH_CHECK_VALUE(
         n_power_iterations[i] >= 1 && n_power_iterations[i] <= std::numeric_limits<int>::max(),
-        "n_power_iterations of layer ", i, " is ", n_power_iterations[i], ", expected at least 1");
+        "n_power_iterations of layer ", i, " is ", n_power_iterations[i], ", expected 1 to ",
+        std::numeric_limits<int>::max());
     TORCH_CHECK_VALUE(eps[i] > 0 && std::isfinite(eps[i]), "eps of layer ", i, " is ", eps[i],
                       ", expected a positive number");
     // A weight in another order than its output is copied into the output and normalized there.

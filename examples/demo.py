@@ -10,7 +10,9 @@ calls ``spectral_ext.fuse(discriminator)``. Written to the folder: ``samples.png
 
 import argparse
 import copy
+import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,43 +34,35 @@ from torch.nn.utils.parametrizations import spectral_norm
 import spectral_ext
 
 LATENT = 32
-EARLY = 10
+EARLY = 50
+WEIGHTS_EVERY = 25
 
 
 def generator() -> nn.Module:
     """Return a generator of 8×8 images in [−1, 1] from ``LATENT`` normal numbers."""
-    return nn.Sequential(
-        nn.Linear(LATENT, 128 * 4),
-        nn.Unflatten(1, (128, 2, 2)),
-        nn.BatchNorm2d(128),
-        nn.ReLU(),
-        nn.ConvTranspose2d(128, 64, 4, 2, 1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.ConvTranspose2d(64, 32, 4, 2, 1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 1, 3, 1, 1),
-        nn.Tanh(),
-    )
+    layers: list[nn.Module] = [nn.Linear(LATENT, 128 * 4), nn.Unflatten(1, (128, 2, 2))]
+    for channels, after in ((128, 64), (64, 32)):
+        layers += [
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.ConvTranspose2d(channels, after, 4, 2, 1),
+        ]
+    layers += [nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 1, 3, 1, 1), nn.Tanh()]
+    return nn.Sequential(*layers)
 
 
 def discriminator() -> nn.Sequential:
     """Return a discriminator with stock spectral normalization on every layer."""
-    layers = [
-        nn.Conv2d(1, 64, 3, 1, 1),
-        nn.Conv2d(64, 64, 4, 2, 1),
-        nn.Conv2d(64, 128, 3, 1, 1),
-        nn.Conv2d(128, 128, 4, 2, 1),
-        nn.Conv2d(128, 128, 3, 1, 1),
-    ]
-    body = [part for layer in layers for part in (spectral_norm(layer), nn.LeakyReLU(0.1))]
-    return nn.Sequential(*body, nn.Flatten(), spectral_norm(nn.Linear(128 * 4, 1)))
+    layers: list[nn.Module] = []
+    sizes = ((1, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1), (64, 128, 4, 2))
+    for before, after, kernel, stride in sizes:
+        layers += [spectral_norm(nn.Conv2d(before, after, kernel, stride, 1)), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers, nn.Flatten(), spectral_norm(nn.Linear(128 * 4, 1)))
 
 
-def weights_of(net: nn.Module) -> list[Tensor]:
-    """Return the normalized weights of all layers, each accessed once."""
-    return [part.weight for part in net if hasattr(part, "parametrizations")]
+def originals(net: nn.Sequential) -> list[Tensor]:
+    """Return the raw weights of all layers."""
+    return [p.parametrizations.weight.original for p in net if hasattr(p, "parametrizations")]
 
 
 class Weights(nn.Module):
@@ -80,33 +74,36 @@ class Weights(nn.Module):
 
     def forward(self) -> list[Tensor]:
         """Return the normalized weights."""
-        return weights_of(self.net)
+        return [part.weight for part in self.net if hasattr(part, "parametrizations")]
 
 
-def seconds_in_spectral_norm(net: nn.Sequential, fused: bool, repeats: int = 40) -> float:
-    """Return the median time of the normalization's forward and backward of a copy of ``net``."""
-    alone = Weights(spectral_ext.unfuse(copy.deepcopy(net)) if fused else copy.deepcopy(net))
-    if fused:
-        spectral_ext.fuse(alone)
-    parameters = [p for name, p in alone.named_parameters() if name.endswith("original")]
-    grads = [torch.randn_like(parameter) for parameter in parameters]
-    times = []
+def seconds_in_spectral_norm(net: nn.Sequential, repeats: int = 100) -> tuple[float, float]:
+    """Return median times of the norms' forward and backward, stock and fused, taken in turns."""
+    timed: list[tuple[Weights, list[Tensor], list[float]]] = []
+    for fused in (False, True):
+        alone = Weights(spectral_ext.unfuse(copy.deepcopy(net)))
+        if fused:
+            spectral_ext.fuse(alone)
+        timed.append((alone, originals(alone.net), []))
+    grads = [torch.randn_like(weight) for weight in timed[0][1]]
     for _ in range(repeats):
-        start = time.perf_counter()
-        torch.autograd.grad(alone(), parameters, grads)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+        for alone, weights, times in timed:
+            start = time.perf_counter()
+            torch.autograd.grad(alone(), weights, grads)
+            times.append(time.perf_counter() - start)
+    stock, fused_ = (sorted(times)[repeats // 2] for _, _, times in timed)
+    return stock, fused_
 
 
 @dataclass
 class Run:
-    """What is kept of a training run, a value for each step."""
+    """What is kept of a training run; weights of the first ``EARLY`` steps, then of some."""
 
     step_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     sigmas: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    samples: Tensor | None = None
+    samples: Tensor = field(default_factory=lambda: torch.empty(0))
     norm_seconds: float = 0.0
 
 
@@ -119,18 +116,18 @@ def sigmas_of(net: nn.Module) -> Tensor:
 
 def train(
     fused: bool, steps: int, batch: int, seed: int, digits: Tensor, progress: Progress
-) -> Run:
-    """Train for some steps; three discriminator passes of spectral norm in each."""
+) -> tuple[Run, nn.Sequential]:
+    """Train; three discriminator passes, so three times all spectral norms, in each step."""
     torch.manual_seed(seed)
     g, d = generator(), discriminator()
     if fused:
         spectral_ext.fuse(d)
     average = copy.deepcopy(g).requires_grad_(False)
-    g_optimizer = torch.optim.Adam(g.parameters(), 4e-4, (0.5, 0.99))
-    d_optimizer = torch.optim.Adam(d.parameters(), 4e-4, (0.5, 0.99))
+    g_optimizer = torch.optim.Adam(g.parameters(), 5e-4, (0.0, 0.9))
+    d_optimizer = torch.optim.Adam(d.parameters(), 5e-4, (0.0, 0.9))
     run = Run()
     bar = progress.add_task("fused" if fused else "stock", total=steps)
-    for _ in range(steps):
+    for step in range(steps):
         start = time.perf_counter()
         real = digits[torch.randint(len(digits), (batch,))]
         fake = g(torch.randn(batch, LATENT))
@@ -142,17 +139,19 @@ def train(
         (-d(fake).mean()).backward()
         g_optimizer.step()
         for slow, new in zip(average.parameters(), g.parameters(), strict=True):
-            slow.lerp_(new.detach(), 0.01)
+            slow.lerp_(new.detach(), 0.005)
         run.step_seconds.append(time.perf_counter() - start)
         run.losses.append(d_loss.item())
         run.sigmas.append(sigmas_of(d))
-        run.weights.append(d[0].parametrizations.weight.original.detach().clone())
+        if step < EARLY or step % WEIGHTS_EVERY == 0 or step == steps - 1:
+            run.weights.append(torch.cat([w.detach().flatten() for w in originals(d)]))
         progress.advance(bar)
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        run.samples = average(torch.randn(40, LATENT))
-    run.norm_seconds = 3 * seconds_in_spectral_norm(d, fused)
-    return run
+        run.samples = average(torch.randn(256, LATENT))[
+            :40
+        ]  # batch norm takes statistics of all 256
+    return run, d
 
 
 def draw(stock: Run, fused: Run, digits: Tensor, out: Path) -> None:
@@ -160,7 +159,8 @@ def draw(stock: Run, fused: Run, digits: Tensor, out: Path) -> None:
     figure, axes = plt.subplots(3, 1, figsize=(8, 9))
     shown = {"real": digits[:40], "stock": stock.samples, "fused": fused.samples}
     for axis, (name, images) in zip(axes, shown.items(), strict=True):
-        rows = images.view(4, 10, 8, 8).permute(0, 2, 1, 3).reshape(32, 80)
+        rows = F.pad(images, (1, 1, 1, 1), value=-1).view(4, 10, 10, 10)
+        rows = rows.permute(0, 2, 1, 3).reshape(40, 100)
         axis.imshow(rows, cmap="gray_r", interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
@@ -184,6 +184,9 @@ def draw(stock: Run, fused: Run, digits: Tensor, out: Path) -> None:
 def rows_of(stock: Run, fused: Run) -> list[tuple[str, str, str, str]]:
     """Return the table: what, stock, fused, ratio or difference."""
 
+    def ms(seconds: float) -> str:
+        return f"{1e3 * seconds:.2f}"
+
     def median(values: list[float]) -> float:
         return sorted(values)[len(values) // 2]
 
@@ -195,19 +198,24 @@ def rows_of(stock: Run, fused: Run) -> list[tuple[str, str, str, str]]:
     step = median(stock.step_seconds), median(fused.step_seconds)
     norm = stock.norm_seconds, fused.norm_seconds
     rows = [
-        (
-            "spectral norm, ms a step",
-            *(f"{1e3 * x:.2f}" for x in norm),
-            f"{norm[0] / norm[1]:.1f}×",
-        ),
+        ("spectral norm, ms a step", *map(ms, norm), f"{norm[0] / norm[1]:.1f}×"),
         ("its share of the step", *(f"{n / s:.0%}" for n, s in zip(norm, step, strict=True)), ""),
-        ("whole step, ms", *(f"{1e3 * x:.2f}" for x in step), f"{step[0] / step[1]:.2f}×"),
+        ("whole step, ms", *map(ms, step), f"{step[0] / step[1]:.2f}×"),
     ]
     for name in ("losses", "weights", "sigmas"):
         a, b = getattr(stock, name), getattr(fused, name)
-        for count, when in ((EARLY, f"first {EARLY} steps"), (len(a), "whole run")):
+        for count, when in ((1, "step 1"), (EARLY, f"first {EARLY} steps"), (len(a), "whole run")):
             rows.append((f"largest difference of {name}, {when}", "", "", difference(a, b, count)))
     return rows
+
+
+def commit() -> str:
+    """Return the short hash of the checkout, or say that there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:
@@ -216,15 +224,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     with Progress() as progress:
-        stock, fused = (
+        (stock, net), (fused, _) = (
             train(f, arguments.steps, arguments.batch_size, arguments.seed, digits, progress)
             for f in (False, True)
         )
+    stock.norm_seconds, fused.norm_seconds = (3 * x for x in seconds_in_spectral_norm(net))
     draw(stock, fused, digits, arguments.out)
     rows = rows_of(stock, fused)
     table = Table("", "stock", "fused", "ratio or difference")
@@ -236,10 +247,14 @@ def main() -> None:
         f"# SNGAN on digits, {arguments.steps} steps, stock and fused\n\n"
         f"| | stock | fused | ratio or difference |\n|---|---|---|---|\n{text}\n\n"
         "Spectral norm is timed alone, forward and backward of all layers of the trained discriminator "
-        "(median of 40), times the three discriminator passes of a step. Training a GAN is chaotic: "
-        "roundings that differ grow, so the runs part after some tens of steps.\n\n"
+        "(median of 100, stock and fused in turns), times the three discriminator passes of a step. The "
+        "step is the median of each training; the trainings run one after the other, so other load on "
+        "the machine shows in their ratio. Training a GAN is chaotic: roundings that differ in the "
+        "last digit grow, so the runs part in time. Weights are compared in the first "
+        f"{EARLY} steps, then at every {WEIGHTS_EVERY}th.\n\n"
         f"torch {torch.__version__}, spectral_ext {spectral_ext.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n\n"
+        f"{torch.get_num_threads()} threads, {platform.system()} {platform.machine()} with "
+        f"{os.cpu_count()} cores, commit {commit()}\n\n"
         "![samples](samples.png)\n\n![sigma](sigma.png)\n"
     )
     print(f"Pictures and report are in {arguments.out}")

@@ -11,6 +11,7 @@ class BuildInfo(TypedDict):
     cuda_architectures: list[str]
 
 def build_info() -> BuildInfo: ...
+def empty_cache() -> int: ...
 
 class Piece(TypedDict):
     layer: int

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from . import functional, nn, reference
+from .backends.cpu import empty_cache
 from .nn import (
     SpectralGroup,
     apply_spectral_norm,
@@ -17,6 +18,7 @@ from .nn import (
 __all__ = [
     "SpectralGroup",
     "apply_spectral_norm",
+    "empty_cache",
     "functional",
     "fuse",
     "group_of",

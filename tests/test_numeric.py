@@ -76,6 +76,21 @@ def test_many_iterations_find_the_norm(backend, order, dtype):
     assert abs(sigmas[0].item() / truth.item() - 1) < 1e-5
 
 
+@pytest.mark.parametrize("divisor", [1.0, 3.0, 2.0**-7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_converted_and_rounded_as_in_torch(backend, dtype, divisor):
+    """With u, v the first unit vectors σ is the first element: all other quotients are known."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = torch.where(values.isfinite(), values, 0).reshape(256, 256).clone()
+    weight[0, 0] = divisor
+    unit = torch.zeros(256, dtype=dtype)
+    unit[0] = 1
+    (normalized,), _ = spectral_normalize(
+        [weight], [unit], [unit.clone()], update=False, backend=backend
+    )
+    assert torch.equal(normalized, (weight.float() / divisor).to(dtype))
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 @pytest.mark.parametrize("order", ORDERS)
 def test_scales(backend, order, scale):
@@ -86,15 +101,28 @@ def test_scales(backend, order, scale):
     check_forward(layers, True, backend)
 
 
-@pytest.mark.parametrize("exponent", [-18, 18])
-def test_extreme_scales(exponent):
-    """t·row would leave the range of float here, and stock's norms do; the native kernels rescale."""
-    layers = [samples.layer((64, 300), eps=1e-30, scale=10.0**exponent)]
-    truth = stock.forward(layers[0].to(torch.float64))
-    normalized, sigmas = normalize(layers, backend="cpu")
+@pytest.mark.parametrize("zero_rows", [0, 300], ids=["full", "zero rows first"])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(torch.float32, e) for e in (-30, -18, 18, 30)] + [(torch.float64, e) for e in (-140, 140)],
+    ids=str,
+)
+def test_extreme_scales(dtype, exponent, zero_rows):
+    """Here t·row leaves the range of float, and stock's norms do; the native kernels rescale. Norms are
+    summed in double: float64 weights may go to about 1e±150, in stock and here.
+
+    The zero rows fill a block of work of their own, which must not spoil the others' scale.
+    """
+    layer = samples.layer((700, 300), dtype=torch.float64, eps=1e-305)
+    layer.weight[:zero_rows] = 0
+    truth = stock.forward(layer)
+    scaled = layer.to(dtype)
+    scaled.weight = (layer.weight * 10.0**exponent).to(dtype)
+    normalized, sigmas = normalize([scaled], backend="cpu")
     assert stock.error(normalized[0], truth.weight) < 1e-6
-    assert stock.error(sigmas[0], truth.sigma) < 1e-6
-    assert stock.error(layers[0].v, truth.v) < 1e-5
+    assert abs(sigmas.double().item() / 10.0**exponent / truth.sigma.item() - 1) < 1e-6
+    assert stock.error(scaled.u, truth.u) < 1e-5
+    assert stock.error(scaled.v, truth.v) < 1e-5
 
 
 @pytest.mark.parametrize("eps", [1e-12, 0.5, 1e3])

@@ -162,7 +162,8 @@ class Forward {
       }
       scale = kernels_.gram(rows, count, columns, v, work_.t + r, s, scale);
     }
-    work_.scale[block] = scale == 0 ? 1 : scale;
+    // A block of zeros takes the largest scale, since the smallest of all blocks is the common one.
+    work_.scale[block] = scale == 0 ? std::ldexp(A(1), kMaxScaleExponent<A>) : scale;
 
     double total = 0;  // ‖t‖², or σ in evaluation
     for (int64_t r = begin; r < end; ++r) {

@@ -3,11 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "../layer.h"
 #include "dtypes.h"
 
 namespace spectral_ext::cpu {
+
+/// Partial sums are scaled by powers of two up to ± this one: the reciprocals are in range too.
+template <class A>
+constexpr int kMaxScaleExponent = std::numeric_limits<A>::max_exponent - 28;
 
 template <class T>
 struct Kernels {

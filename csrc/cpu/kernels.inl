@@ -145,7 +145,8 @@ inline A gram_rows(const A* rows, int64_t columns, const A* v, A* t, A* s, A sca
     A largest = 0;
     for (int r = 0; r < kRows; ++r) largest = std::max(largest, std::fabs(t[r]));
     if (largest > 0 && std::isfinite(largest)) {
-      scale = std::ldexp(A(1), std::clamp(-std::ilogb(largest), -100, 100));
+      scale = std::ldexp(
+          A(1), std::clamp(-std::ilogb(largest), -kMaxScaleExponent<A>, kMaxScaleExponent<A>));
     }
   }
   accumulate_rows<A, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s);

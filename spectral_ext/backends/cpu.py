@@ -10,11 +10,22 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = error
 
-__all__ = ["allocate", "backward", "forward_", "unavailable"]
+__all__ = ["allocate", "backward", "empty_cache", "forward_", "unavailable"]
 
 allocate = torch.ops.spectral_ext.allocate.default
 forward_ = torch.ops.spectral_ext.forward_.default
 backward = torch.ops.spectral_ext.backward.default
+
+
+def empty_cache() -> int:
+    """Return to the system the memory that the CPU backend keeps for outputs of later calls.
+
+    It never holds more than was once in use; tensors that still exist are not touched.
+
+    Returns:
+        The bytes that were given back; 0 without the native library.
+    """
+    return 0 if _C is None else _C.empty_cache()
 
 
 def unavailable(device: torch.device | None) -> str | None:

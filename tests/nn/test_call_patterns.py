@@ -60,6 +60,8 @@ class Pair:
         self.fused = False
         if fused:
             self.fuse()
+        # The hook's random vectors can give a σ near zero, which would magnify rounding.
+        self.forward_no_grad(0)
 
     def both(self) -> tuple[nn.Module, nn.Module]:
         return self.stock, self.ours

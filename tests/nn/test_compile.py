@@ -90,6 +90,37 @@ def test_a_compiled_part_of_a_fused_model(training, backend):
     assert_same_state(net, stock)
 
 
+def test_a_compiled_part_with_an_exchanged_weight(backend):
+    net = make(STOCK["u_first"]).eval()
+    group = spectral_ext.fuse(net, backend=backend)
+    net.body.__class__ = Body
+    x = torch.ones(2, 48, dtype=torch.float64)
+    other = nn.Parameter(torch.full((7, 48), 0.5, dtype=torch.float64))
+    compiled = torch.compile(net.body, fullgraph=True, backend="aot_eager")
+    with group.normalized():
+        assert_close(compiled(x), net.body(x))
+        net.body[0].parametrizations.weight.original = other
+        assert_close(compiled(x), net.body(x))
+
+
+def test_a_compiled_part_that_wants_gradients_after_an_entry_without(backend):
+    net = make(STOCK["u_first"]).eval()
+    group = spectral_ext.fuse(net, backend=backend)
+    net.body.__class__ = Body
+    compiled = torch.compile(net.body, fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, 48, dtype=torch.float64)
+    grads = []
+    for call in (net.body, compiled):
+        net.zero_grad()
+        with torch.no_grad():
+            entry = group.normalized()
+            entry.__enter__()
+        call(x).sum().backward()
+        entry.__exit__(None, None, None)
+        grads.append(net.body[0].parametrizations.weight.original.grad)
+    assert_close(grads[1], grads[0])
+
+
 def test_tied_weights(backend):
     def tied():
         torch.manual_seed(0)

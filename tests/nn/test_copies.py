@@ -69,6 +69,15 @@ def test_removal_from_a_copy_leaves_the_original():
         assert parametrize.is_parametrized(net)
 
 
+def test_the_parts_of_a_copy_know_its_group():
+    net = make(STOCK["u_first"])
+    spectral_ext.fuse(net)
+    copied = copy.deepcopy(net)
+    spectral_ext.fuse(copied.body)
+    assert [layer.name for layer in spectral_ext.group_of(copied).layers] == ["conv", "up", "head"]
+    assert len(spectral_ext.group_of(net).layers) == 6
+
+
 def test_a_copied_part_leaves_its_group_behind():
     net = make(STOCK["u_first"])
     spectral_ext.fuse(net)

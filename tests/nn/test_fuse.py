@@ -45,8 +45,9 @@ def anatomy(net: nn.Module) -> list[object]:
                 module._load_state_dict_pre_hooks,
             )
         ]
+        ours = "_spectral_class" in type(module).__dict__
         attributes = sorted(set(module.__dict__) - {"weight", "bias"})
-        found.append((name, type(module).__name__, module.training, hooks, attributes))
+        found.append((name, type(module).__name__, ours, module.training, hooks, attributes))
     return found
 
 
@@ -79,6 +80,18 @@ def test_fuse_takes_over_and_unfuse_gives_back(kind, backend):
     assert all(torch.equal(restored[key], before[key]) for key in before)
     with pytest.raises(ValueError, match="not fused"):
         spectral_ext.group_of(net)
+
+
+def test_unfuse_keeps_the_order_of_parameters_and_buffers():
+    """Optimizers save their state by it."""
+    net = hook_spectral_norm(nn.Linear(3, 2))
+    net.gain = nn.Parameter(torch.ones(2))
+    net.register_buffer("count", torch.ones(2))
+    hook_spectral_norm(net, "bias")
+    shape = anatomy(net)
+    spectral_ext.fuse(net)
+    spectral_ext.unfuse(net)
+    assert anatomy(net) == shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,6 +164,12 @@ def test_include_and_exclude(arguments, names):
     assert {layer.name for layer in group.layers} == names
     ours = {n for n, m in net.named_modules() if isinstance(m, SpectralNorm)}
     assert {n.split(".parametrizations")[0] for n in ours} == names
+
+
+def test_one_tensor_of_a_module_may_be_left_out():
+    group = spectral_ext.fuse(make(STOCK["u_first"]), exclude=r"\.bias$")
+    names = {layer.qualified_name for layer in group.layers}
+    assert names == {f"{layer}.{name}" for layer, name, _ in NORMS} - {"body.0.bias"}
 
 
 def test_fusing_again_with_less_gives_the_rest_back():

@@ -310,6 +310,21 @@ def test_cached_spans_forwards_as_in_stock(order, backend):
         assert net.conv.weight is net.conv.weight
 
 
+def test_cached_keeps_the_end_of_a_stack(backend):
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    nets = [make(STOCK["u_first"]), make(STOCK["u_first"])]
+    for net in nets:
+        parametrize.register_parametrization(net.conv, "weight", Double())
+    spectral_ext.fuse(nets[1], backend=backend)
+    for net in nets:
+        with parametrize.cached():
+            (net(inputs(0)) + net(inputs(1))).sum().backward()
+    assert_same_state(nets[1], nets[0])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_checkpointed_blocks(reentrant, training, backend):
