@@ -7,6 +7,12 @@
 
 #include "tables.h"
 
+// The memory orders of signals between CTAs, as PTX names them: what a CTA wrote before it added to
+// a counter is seen by whoever has loaded the sum. In one place for both compilers, so that
+// ThreadSanitizer, which knows only the emulator, checks the orders that the device gets.
+#define SPECTRAL_EXT_ADD_ORDER "release"
+#define SPECTRAL_EXT_LOAD_ORDER "acquire"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,12 +29,16 @@ using Float16 = __half;
 
 __device__ __forceinline__ int32_t load_acquire(const int32_t* p) {
   int32_t value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  asm volatile("ld." SPECTRAL_EXT_LOAD_ORDER ".gpu.global.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(p)
+               : "memory");
   return value;
 }
 
 __device__ __forceinline__ void add_release(int32_t* p, int32_t value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+  asm volatile("red." SPECTRAL_EXT_ADD_ORDER ".gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value)
+               : "memory");
 }
 
 __device__ __forceinline__ int32_t take_next(int32_t* p) { return atomicAdd(p, 1); }
