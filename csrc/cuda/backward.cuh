@@ -43,7 +43,7 @@ struct BackwardLayer {
 
 template <class T>
 __device__ __forceinline__ void order_v(const BackwardLayer<T>& layer, const Piece& piece) {
-  for (int64_t c = piece.begin + threadIdx.x; c < piece.end; c += kThreads) {
+  for (int64_t c = piece.begin + thread_index(); c < piece.end; c += kThreads) {
     layer.ordered_v[c] = layer.v[place_in_v(layer.table.shape.column_order, c)];
   }
 }
@@ -55,25 +55,25 @@ __device__ __forceinline__ void dot_elements(const BackwardLayer<T>& layer, cons
   const T *g = layer.grad_output, *y = layer.output;
   double total = 0;
   if (g != nullptr) {
-    int64_t i = piece.begin + threadIdx.x;
+    int64_t i = piece.begin + thread_index();
     if (is_aligned(g) && is_aligned(y)) {
       const int64_t whole = piece.begin + (piece.end - piece.begin) / kLanes * kLanes;
       A sum = 0;  // of some hundred products at most
 #pragma unroll 4
-      for (int64_t j = piece.begin + threadIdx.x * kLanes; j < whole; j += kThreads * kLanes) {
+      for (int64_t j = piece.begin + thread_index() * kLanes; j < whole; j += kThreads * kLanes) {
         const Vector<T> a = load_vector(g + j), b = load_vector(y + j);
 #pragma unroll
         for (int e = 0; e < kLanes; ++e) sum += to_compute(a.lane[e]) * to_compute(b.lane[e]);
       }
       total = sum;
-      i = whole + threadIdx.x;
+      i = whole + thread_index();
     }
     for (; i < piece.end; i += kThreads) {
       total += static_cast<double>(to_compute(g[i])) * static_cast<double>(to_compute(y[i]));
     }
   }
   total = block_sum(total);
-  if (threadIdx.x == 0) layer.block_sums[piece.index] = total;
+  if (thread_index() == 0) layer.block_sums[piece.index] = total;
 }
 
 /// Walks elements in storage order and knows the row and the column of each.
@@ -116,14 +116,14 @@ __device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, c
   const T* const g = layer.grad_output;
   T* const out = layer.grad_weight;
 
-  int64_t i = piece.begin + threadIdx.x;
+  int64_t i = piece.begin + thread_index();
   if (shape.inner % kLanes == 0 && is_aligned(out) && (g == nullptr || is_aligned(g))) {
     // Whole rows are whole vectors, and so is the end of the last piece.
     constexpr int kStep = kThreads * kLanes;
     const int64_t lines = kStep / shape.inner, elements = kStep % shape.inner;
-    Walk walk(shape, piece.begin + threadIdx.x * kLanes);
+    Walk walk(shape, piece.begin + thread_index() * kLanes);
 #pragma unroll 2
-    for (int64_t j = piece.begin + threadIdx.x * kLanes; j < piece.end; j += kStep) {
+    for (int64_t j = piece.begin + thread_index() * kLanes; j < piece.end; j += kStep) {
       Vector<T> x = g == nullptr ? Vector<T>{} : load_once(g + j);
       const A factor = coefficient * layer.u[walk.row()];
       const A* const along_row = v + walk.column();

@@ -19,9 +19,10 @@ __device__ __forceinline__ void combine_columns(const ForwardLayer<T>& layer, co
   const double d1 = piece.initial && table.v_first ? 1 : at_least(layer.norm_of_t(), table.eps);
 
   A common = largest_scale<A>();
-  for (int b = 0; b < table.blocks; ++b) common = layer.scale[b] < common ? layer.scale[b] : common;
+  for (int b = 0; b < table.blocks; ++b)
+    common = layer.scale()[b] < common ? layer.scale()[b] : common;
 
-  const int share = threadIdx.x / kChunkColumns, place = threadIdx.x % kChunkColumns;
+  const int share = thread_index() / kChunkColumns, place = thread_index() % kChunkColumns;
   const int64_t column = piece.begin + place;
   const int blocks_each = (table.blocks + kShares - 1) / kShares;
   const int first = share * blocks_each;
@@ -30,21 +31,21 @@ __device__ __forceinline__ void combine_columns(const ForwardLayer<T>& layer, co
   if (column < piece.end) {
 #pragma unroll 8
     for (int b = first; b < end; ++b) {
-      sum += layer.partial[b * columns + column] * (common / layer.scale[b]);
+      sum += layer.partial()[b * columns + column] * (common * inverse_of(layer.scale()[b]));
     }
   }
   A* const sums = reinterpret_cast<A*>(static_cast<char*>(shared_memory()) + kReductionBytes);
-  sums[threadIdx.x] = sum;
+  sums[thread_index()] = sum;
   __syncthreads();
   double squared = 0;
   if (share == 0 && column < piece.end) {
     for (int i = 1; i < kShares; ++i) sum += sums[i * kChunkColumns + place];
     sum /= static_cast<A>(d1 * static_cast<double>(common));
-    layer.y[column] = sum;
+    layer.y()[column] = sum;
     squared = static_cast<double>(sum) * static_cast<double>(sum);
   }
   squared = block_sum(squared);
-  if (threadIdx.x == 0) layer.chunk_sums[piece.index] = squared;
+  if (thread_index() == 0) layer.chunk_sums()[piece.index] = squared;
 }
 
 }  // namespace spectral_ext::cuda

@@ -43,6 +43,14 @@ __device__ __forceinline__ void add_release(int32_t* p, int32_t value) {
 
 __device__ __forceinline__ int32_t take_next(int32_t* p) { return atomicAdd(p, 1); }
 
+/// threadIdx.x, read anew each time: held over all pieces, it and all that follows from it would
+/// take registers from the loops in them.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ __forceinline__ void pause(const Piece&) { __nanosleep(40); }
 
 __device__ __forceinline__ void prefetch(const void* p) {
@@ -134,15 +142,16 @@ __device__ __forceinline__ A at_least(A x, A bound) {
 
 /// The start of shared memory, for sums over the CTA; the rest belongs to the piece at work.
 constexpr int kWarps = kThreads / 32;
-constexpr int kReductionBytes = 2 * kWarps * 8;
-constexpr int kSharedBytes = kReductionBytes + 14336 * 4;
+constexpr int kReductionBytes = 2 * kWarps * 8 + 16;  // the last 16: see schedule.cuh
+constexpr int kStageBytes = kThreads * 16;            // a vector for each thread
+constexpr int kSharedBytes = 64 << 10;                // what a CTA may have on all devices
 
 /// The sum of x over the CTA, in a fixed order; every thread gets it, and all must call it.
 __device__ __forceinline__ double block_sum(double x) {
   auto* of_warp = static_cast<double*>(shared_memory());
   x = warp_sum(x);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+  if (thread_index() % 32 == 0) of_warp[thread_index() / 32] = x;
   __syncthreads();
   double total = 0;
 #pragma unroll
@@ -153,7 +162,8 @@ __device__ __forceinline__ double block_sum(double x) {
 /// The sum of values that other CTAs have left in global memory.
 __device__ __forceinline__ double total_of(const double* values, int count) {
   double x = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) x += values[i];
+#pragma unroll 1
+  for (int i = thread_index(); i < count; i += kThreads) x += values[i];
   return block_sum(x);
 }
 
@@ -161,6 +171,7 @@ __device__ __forceinline__ double total_of(const double* values, int count) {
 __device__ __forceinline__ int64_t place_in_v(const ColumnOrder& order, int64_t c) {
   if (order.count == 0) return c;
   int64_t place = 0;
+#pragma unroll 1
   for (int d = order.count - 1; d >= 0; --d) {
     place += c % order.size[d] * order.stride[d];
     c /= order.size[d];

@@ -14,13 +14,12 @@ struct ForwardLayer {
   const T* weight;
   T *output, *u, *v;
   A *u_saved, *v_saved, *sigma;
-  A *t, *y, *partial, *scale;
-  double *block_sums, *chunk_sums;
+  char* workspace;
 
   __device__ __forceinline__ ForwardLayer(const ForwardArguments& arguments, int index)
       : table(arguments.tables.layers[index]) {
     const ForwardPointers& pointers = arguments.layers[index];
-    char* const workspace = global(arguments.workspace);
+    workspace = global(arguments.workspace);
     weight = global(static_cast<const T*>(pointers.weight));
     output = global(static_cast<T*>(pointers.output));
     u = global(static_cast<T*>(pointers.u));
@@ -28,12 +27,23 @@ struct ForwardLayer {
     u_saved = global(static_cast<A*>(arguments.saved)) + table.saved;
     v_saved = u_saved + table.shape.rows;
     sigma = global(static_cast<A*>(arguments.sigmas)) + table.sigma;
-    t = reinterpret_cast<A*>(workspace + table.t);
-    y = reinterpret_cast<A*>(workspace + table.y);
-    partial = reinterpret_cast<A*>(workspace + table.partial);
-    scale = reinterpret_cast<A*>(workspace + table.scale);
-    block_sums = reinterpret_cast<double*>(workspace + table.block_sums);
-    chunk_sums = reinterpret_cast<double*>(workspace + table.chunk_sums);
+  }
+
+  // Places in the workspace are looked up where they are used: pointers to all of them, held over a
+  // loop, would cost the registers that the loop needs.
+  template <class P>
+  __device__ __forceinline__ P* in_workspace(int64_t place) const {
+    return reinterpret_cast<P*>(workspace + place);
+  }
+  __device__ __forceinline__ A* t() const { return in_workspace<A>(table.t); }
+  __device__ __forceinline__ A* y() const { return in_workspace<A>(table.y); }
+  __device__ __forceinline__ A* partial() const { return in_workspace<A>(table.partial); }
+  __device__ __forceinline__ A* scale() const { return in_workspace<A>(table.scale); }
+  __device__ __forceinline__ double* block_sums() const {
+    return in_workspace<double>(table.block_sums);
+  }
+  __device__ __forceinline__ double* chunk_sums() const {
+    return in_workspace<double>(table.chunk_sums);
   }
 
   __device__ __forceinline__ A u_at(int64_t i) const { return to_compute(u[i * table.u_stride]); }
@@ -41,55 +51,98 @@ struct ForwardLayer {
 
   // All threads of the CTA must call these, and get the same.
   __device__ __forceinline__ double norm_of_t() const {
-    return sqrt(total_of(block_sums, table.blocks));
+    return sqrt(total_of(block_sums(), table.blocks));
   }
   __device__ __forceinline__ double norm_of_y() const {
-    return sqrt(total_of(chunk_sums, table.chunks));
+    return sqrt(total_of(chunk_sums(), table.chunks));
   }
 
   /// uᵀMv: without an update the dots have summed it up; after one it is the last norm, which
   /// stock divides by max(n, eps) and multiplies by n again.
   __device__ __forceinline__ A find_sigma() const {
-    if (!table.update) return static_cast<A>(total_of(block_sums, table.blocks));
+    if (!table.update) return static_cast<A>(total_of(block_sums(), table.blocks));
     const double n = table.v_first ? norm_of_t() : norm_of_y();
     return static_cast<A>(n * (n / at_least(n, table.eps)));
   }
 };
 
-/// How to find the elements of rows: outer × rows × inner, in storage order.
+/// The lines of a row in memory: outer × rows × inner, in storage order. Column c lies in line
+/// c / inner, and each line begins `gap` elements later than in a contiguous row. The quotient is a
+/// product with a reciprocal that is rounded up, exact for c · inner < 2^30.
+struct Lines {
+  int64_t gap;
+  uint32_t reciprocal;
+
+  __device__ __forceinline__ explicit Lines(const Shape& shape)
+      : gap((shape.rows - 1) * shape.inner),
+        reciprocal(((1u << 30) - 1) / static_cast<uint32_t>(shape.inner) + 1) {}
+
+  __device__ __forceinline__ int64_t place(int column) const {
+    return column + static_cast<int64_t>(static_cast<uint64_t>(column) * reciprocal >> 30) * gap;
+  }
+};
+
+/// The rows of a piece, of at most max_columns.
 template <class T>
 struct Rows {
-  const T* weight;
-  int64_t rows, inner, columns;
+  const Shape& shape;
+  const T* first;
+  int inner, columns;
   bool contiguous;  // outer = 1: a row is one run of memory
   bool vectors;     // every vector of a row is one aligned run of memory
 
-  __device__ __forceinline__ explicit Rows(const ForwardLayer<T>& layer)
-      : weight(layer.weight),
-        rows(layer.table.shape.rows),
-        inner(layer.table.shape.inner),
-        columns(layer.table.shape.outer * layer.table.shape.inner),
-        contiguous(layer.table.shape.outer == 1),
-        vectors(inner % Vector<T>::kLanes == 0 && is_aligned(layer.weight)) {}
+  __device__ __forceinline__ Rows(const ForwardLayer<T>& layer, int64_t begin)
+      : shape(layer.table.shape),
+        first(layer.weight + begin * shape.inner),
+        inner(static_cast<int>(shape.inner)),
+        columns(static_cast<int>(shape.outer * shape.inner)),
+        contiguous(shape.outer == 1),
+        vectors(shape.inner % Vector<T>::kLanes == 0 && is_aligned(layer.weight)) {}
 
-  __device__ __forceinline__ int64_t place(int64_t row, int64_t column) const {
-    if (contiguous) return row * inner + column;
-    if (columns <= INT32_MAX) {  // so is inner; 32-bit division is several times faster
-      const auto c = static_cast<uint32_t>(column), n = static_cast<uint32_t>(inner);
-      return (static_cast<int64_t>(c / n) * rows + row) * inner + c % n;
-    }
-    return (column / inner * rows + row) * inner + column % inner;
-  }
-
-  /// The vector that begins at a column; zeros beyond the row.
-  __device__ __forceinline__ Vector<T> load(int64_t row, int64_t column) const {
-    if (vectors) return load_vector(weight + place(row, column));
-    Vector<T> x = {};
+  /// A thread's vectors of a row; zeros beyond its end. Also prefetches the row `ahead` of it. All
+  /// threads of a warp must call it for the same row.
+  template <int kGroup, int kVectors>
+  __device__ __forceinline__ void load(int row, int lane, int ahead,
+                                       Vector<T> (&x)[kVectors]) const {
+    constexpr int kLanes = Vector<T>::kLanes, kStep = kGroup * kLanes;
+    const T* const begin = first + static_cast<int64_t>(row) * inner;
+    if (vectors && contiguous) {
+      const T *const mine = begin + lane * kLanes, *const next = mine + ahead * inner;
+      const int left = columns - lane * kLanes;
+      const bool prefetches = ahead > 0 && lane % 8 == 0;
 #pragma unroll
-    for (int e = 0; e < Vector<T>::kLanes; ++e) {
-      if (column + e < columns) x.lane[e] = weight[place(row, column + e)];
+      for (int k = 0; k < kVectors; ++k) {
+        x[k] = k * kStep < left ? load_vector(mine + k * kStep) : Vector<T>{};
+        if (prefetches && k * kStep < left) prefetch(next + k * kStep);
+      }
+      return;
     }
-    return x;
+    // Places do not depend on the row: computed once for all rows they would fill the registers.
+    asm volatile("" : "+r"(lane));
+    const Lines lines(shape);
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int column = k * kStep + lane * kLanes;
+        x[k] = column < columns ? load_vector(begin + lines.place(column)) : Vector<T>{};
+      }
+      return;
+    }
+    // A warp reads its part in order, element by element, and shared memory gives it out.
+    const int warp_lane = lane % 32;
+    T* const stage = reinterpret_cast<T*>(static_cast<char*>(shared_memory()) + kReductionBytes) +
+                     thread_index() / 32 * (32 * kLanes);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int start = k * kStep + (lane - warp_lane) * kLanes;
+      __syncwarp();
+#pragma unroll 4
+      for (int e = warp_lane; e < 32 * kLanes; e += 32) {
+        stage[e] = start + e < columns ? begin[lines.place(start + e)] : T{};
+      }
+      __syncwarp();
+      x[k] = load_vector(stage + warp_lane * kLanes);
+    }
   }
 };
 
@@ -106,11 +159,40 @@ __device__ __forceinline__ bool is_too_large(A t, A scale) {
   return fabs(t) * scale > static_cast<A>(0x1p20);
 }
 
+/// 2^exponent, for exponents of normal numbers.
+__device__ __forceinline__ float power_of_two(int exponent, float) {
+  const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return power;
+}
+__device__ __forceinline__ double power_of_two(int exponent, double) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double power;
+  memcpy(&power, &bits, 8);
+  return power;
+}
+__device__ __forceinline__ int exponent_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return static_cast<int>(bits >> 23 & 0xff) - 127;
+}
+__device__ __forceinline__ int exponent_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
+}
+
+/// The power of two that brings t near 1. No division and no library function: in the loop over
+/// rows a call would cost registers even where it is not made.
 template <class A>
 __device__ __forceinline__ A scale_for(A t) {
-  int exponent = ilogb(fabs(t));
-  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
-  return ldexp(static_cast<A>(1), -exponent);
+  const int exponent = exponent_of(t);
+  return power_of_two(exponent > 100 ? -100 : exponent < -100 ? 100 : -exponent, A());
+}
+template <class A>
+__device__ __forceinline__ A inverse_of(A power) {
+  return power_of_two(-exponent_of(power), A());
 }
 
 }  // namespace spectral_ext::cuda

@@ -18,19 +18,20 @@ namespace spectral_ext::cuda {
 
 /// Fills shared memory with v in storage order, padded with zeros to whole vectors.
 template <class T>
-__device__ __forceinline__ void load_v(const ForwardLayer<T>& layer, bool initial,
-                                       compute_t<T>* v) {
+__device__ __forceinline__ void load_v(const ForwardLayer<T>& layer, bool initial) {
   using A = compute_t<T>;
+  A* const v =
+      reinterpret_cast<A*>(static_cast<char*>(shared_memory()) + kReductionBytes + kStageBytes);
   const int columns = static_cast<int>(layer.table.shape.outer * layer.table.shape.inner);
   const int padded = (columns + Vector<T>::kLanes - 1) / Vector<T>::kLanes * Vector<T>::kLanes;
   const A divisor = initial ? A(1) : static_cast<A>(at_least(layer.norm_of_y(), layer.table.eps));
-  for (int c = threadIdx.x; c < padded; c += kThreads) {
+  for (int c = thread_index(); c < padded; c += kThreads) {
     if (c >= columns) {
       v[c] = 0;
     } else if (initial) {
       v[c] = layer.v_at(place_in_v(layer.table.shape.column_order, c));
     } else {
-      v[c] = layer.y[c] / divisor;
+      v[c] = layer.y()[c] / divisor;
     }
   }
   __syncthreads();
@@ -44,10 +45,10 @@ __device__ __forceinline__ A group_sum(A x, int& turn) {
   if constexpr (kGroup > 32) {
     A* of_warp = static_cast<A*>(shared_memory()) + turn * kWarps;
     turn ^= 1;
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+    if (thread_index() % 32 == 0) of_warp[thread_index() / 32] = x;
     __syncthreads();
     constexpr int kGroupWarps = kGroup / 32;
-    const A* mine = of_warp + threadIdx.x / kGroup * kGroupWarps;
+    const A* mine = of_warp + thread_index() / kGroup * kGroupWarps;
     x = 0;
 #pragma unroll
     for (int i = 0; i < kGroupWarps; ++i) x += mine[i];
@@ -62,9 +63,9 @@ __device__ __forceinline__ void write_partial(const ForwardLayer<T>& layer, int 
                                               compute_t<T> scale, compute_t<T>* shared) {
   using A = compute_t<T>;
   constexpr int kLanes = Vector<T>::kLanes, kGroups = kThreads / kGroup;
-  const int group = threadIdx.x / kGroup, lane = threadIdx.x % kGroup;
+  const int group = thread_index() / kGroup, lane = thread_index() % kGroup;
   const int columns = static_cast<int>(layer.table.shape.outer * layer.table.shape.inner);
-  A* const partial = layer.partial + static_cast<int64_t>(block) * columns;
+  A* const partial = layer.partial() + static_cast<int64_t>(block) * columns;
 
   A common = scale;
   __syncthreads();
@@ -72,7 +73,7 @@ __device__ __forceinline__ void write_partial(const ForwardLayer<T>& layer, int 
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) common = shared[g] < common ? shared[g] : common;
-  if (threadIdx.x == 0) layer.scale[block] = common;
+  if (thread_index() == 0) layer.scale()[block] = common;
   const A ratio = common / scale;
 
 #pragma unroll
@@ -84,7 +85,7 @@ __device__ __forceinline__ void write_partial(const ForwardLayer<T>& layer, int 
       shared[group * kWidth + lane * kLanes + e] = sums[k * kLanes + e] * ratio;
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < kWidth && k * kWidth + c < columns; c += kThreads) {
+    for (int c = thread_index(); c < kWidth && k * kWidth + c < columns; c += kThreads) {
       A sum = 0;
       for (int g = 0; g < kGroups; ++g) sum += shared[g * kWidth + c];
       partial[k * kWidth + c] = sum;
@@ -92,41 +93,50 @@ __device__ __forceinline__ void write_partial(const ForwardLayer<T>& layer, int 
   }
 }
 
+/// Keeps the compiler from holding what it has computed from a vector.
+template <class T>
+__device__ __forceinline__ void forget_conversions(Vector<T>& vector) {
+  uint4 bits;
+  memcpy(&bits, &vector, 16);
+  asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+  memcpy(&vector, &bits, 16);
+}
+
+/// Returns the thread's share of Σ t², or of Σ u t without an update. v is in shared memory.
 template <class T, int kGroup, int kVectors>
-__device__ __forceinline__ void read_rows(const ForwardLayer<T>& layer, const Piece& piece) {
+__device__ __forceinline__ double read_rows(const ForwardLayer<T>& layer, const Piece& piece) {
   using A = compute_t<T>;
   constexpr int kLanes = Vector<T>::kLanes, kGroups = kThreads / kGroup;
   constexpr int kRows = kGroup > 32 ? 1 : kVectors == 1 ? 4 : kVectors == 3 ? 2 : 1;  // at once
-  const int group = threadIdx.x / kGroup, lane = threadIdx.x % kGroup;
-  const Rows<T> rows(layer);
-  const int columns = static_cast<int>(rows.columns);
-  A* const v = reinterpret_cast<A*>(static_cast<char*>(shared_memory()) + kReductionBytes);
-  if (piece.dots) load_v(layer, piece.initial, v);
-
+  const int thread = thread_index(), group = thread / kGroup, lane = thread % kGroup;
+  const Rows<T> rows(layer, piece.begin);
+  const int columns = rows.columns;
+  const int count = static_cast<int>(piece.end - piece.begin);  // far fewer than 2^31 in a piece
+  const bool dots = piece.dots, with_sums = piece.sums;
+  A* const v =
+      reinterpret_cast<A*>(static_cast<char*>(shared_memory()) + kReductionBytes + kStageBytes);
   A sums[kVectors * kLanes] = {};
   A scale = largest_scale<A>();
-  double total = 0;  // Σ t², or Σ u t without an update
+  double total = 0;
   int turn = 0;
-  for (int64_t first = piece.begin; first < piece.end; first += kGroups * kRows) {
+  for (int first = 0; first < count; first += kGroups * kRows) {
     Vector<T> x[kRows][kVectors];
     A t[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = first + i * kGroups + group, next = row + kGroups * kRows;
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int column = (k * kGroup + lane) * kLanes;
-        const bool there = column < columns;
-        x[i][k] = there && row < piece.end ? rows.load(row, column) : Vector<T>{};
-        if (there && lane % 8 == 0 && next < piece.end)
-          prefetch(rows.weight + rows.place(next, column));
+      const int row = first + i * kGroups + group;
+      constexpr int kAhead = kGroups * kRows;
+      if (row < count) {
+        rows.template load<kGroup>(row, lane, row + kAhead < count ? kAhead : 0, x[i]);
+      } else {
+        for (Vector<T>& vector : x[i]) vector = {};
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = first + i * kGroups + group;
+      const int row = first + i * kGroups + group;
       t[i] = 0;
-      if (piece.dots) {
+      if (dots) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
           const int column = (k * kGroup + lane) * kLanes;
@@ -135,20 +145,25 @@ __device__ __forceinline__ void read_rows(const ForwardLayer<T>& layer, const Pi
           for (int e = 0; e < kLanes; ++e) t[i] += to_compute(x[i][k].lane[e]) * v[column + e];
         }
         t[i] = group_sum<kGroup>(t[i], turn);
-      } else if (row < piece.end) {
-        t[i] = layer.u_at(row);  // a pass without dots begins v_first
+      } else if (row < count) {
+        t[i] = layer.u_at(piece.begin + row);  // a pass without dots begins v_first
       }
-      if (row < piece.end && lane == 0) {
-        layer.t[row] = t[i];
+      if (row < count && lane == 0) {
+        layer.t()[piece.begin + row] = t[i];
         const double value = t[i];
-        total += value * (layer.table.update ? value : static_cast<double>(layer.u_at(row)));
+        total += value *
+                 (layer.table.update ? value : static_cast<double>(layer.u_at(piece.begin + row)));
       }
     }
-    if (!piece.sums) continue;
+    if (!with_sums) continue;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      if constexpr (sizeof(T) < sizeof(A)) {
+        // Converted once more below: held from the dots on, they would take twice the registers.
+        for (Vector<T>& vector : x[i]) forget_conversions(vector);
+      }
       if (is_too_large(t[i], scale)) {
-        const A smaller = scale_for(t[i]), ratio = smaller / scale;
+        const A smaller = scale_for(t[i]), ratio = smaller * inverse_of(scale);
         scale = smaller;
 #pragma unroll
         for (int c = 0; c < kVectors * kLanes; ++c) sums[c] *= ratio;
@@ -162,9 +177,8 @@ __device__ __forceinline__ void read_rows(const ForwardLayer<T>& layer, const Pi
       }
     }
   }
-  total = block_sum(total);
-  if (threadIdx.x == 0) layer.block_sums[piece.index] = total;
-  if (piece.sums) write_partial<T, kGroup, kVectors>(layer, piece.index, sums, scale, v);
+  if (with_sums) write_partial<T, kGroup, kVectors>(layer, piece.index, sums, scale, v);
+  return total;
 }
 
 }  // namespace spectral_ext::cuda

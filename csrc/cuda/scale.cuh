@@ -15,17 +15,17 @@ __device__ __forceinline__ void scale_elements(const ForwardLayer<T>& layer, con
   const A divisor = sigma == 0 ? A(1) : sigma;
   const T* const w = layer.weight;
   T* const y = layer.output;
-  int64_t i = piece.begin + threadIdx.x;  // pieces begin at whole vectors
+  int64_t i = piece.begin + thread_index();  // pieces begin at whole vectors
   if (is_aligned(w) && is_aligned(y)) {
     const int64_t whole = piece.begin + (piece.end - piece.begin) / kLanes * kLanes;
 #pragma unroll 4
-    for (int64_t j = piece.begin + threadIdx.x * kLanes; j < whole; j += kThreads * kLanes) {
+    for (int64_t j = piece.begin + thread_index() * kLanes; j < whole; j += kThreads * kLanes) {
       Vector<T> x = load_once(w + j);
 #pragma unroll
       for (int e = 0; e < kLanes; ++e) store(&x.lane[e], to_compute(x.lane[e]) / divisor);
       store_once(y + j, x);
     }
-    i = whole + threadIdx.x;
+    i = whole + thread_index();
   }
   for (; i < piece.end; i += kThreads) store(y + i, to_compute(w[i]) / divisor);
 }
@@ -36,22 +36,22 @@ __device__ __forceinline__ void write_vectors(const ForwardLayer<T>& layer, cons
   using A = compute_t<T>;
   const LayerTable& table = layer.table;
   const A sigma = layer.find_sigma();
-  if (piece.index == 0 && threadIdx.x == 0) *layer.sigma = sigma;
+  if (piece.index == 0 && thread_index() == 0) *layer.sigma = sigma;
   const bool keep = !table.update || sigma == 0;
   A u_divisor = 1, v_divisor = 1;
   if (!keep) {
     u_divisor = static_cast<A>(at_least(layer.norm_of_t(), table.eps));
     v_divisor = static_cast<A>(at_least(layer.norm_of_y(), table.eps));
   }
-  for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kThreads) {
+  for (int64_t i = piece.begin + thread_index(); i < piece.end; i += kThreads) {
     if (i < table.shape.rows) {
-      const A value = keep ? layer.u_at(i) : layer.t[i] / u_divisor;
+      const A value = keep ? layer.u_at(i) : layer.t()[i] / u_divisor;
       layer.u_saved[i] = value;
       if (!keep) store(layer.u + i * table.u_stride, value);
     } else {
       const int64_t column = i - table.shape.rows;
       const int64_t place = place_in_v(table.shape.column_order, column);
-      const A value = keep ? layer.v_at(place) : layer.y[column] / v_divisor;
+      const A value = keep ? layer.v_at(place) : layer.y()[column] / v_divisor;
       layer.v_saved[place] = value;
       if (!keep) store(layer.v + place * table.v_stride, value);
     }

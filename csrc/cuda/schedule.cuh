@@ -27,17 +27,13 @@ template <class T, int kIndex>
 constexpr RowGroup kRowGroup = row_group(sizeof(T), kIndex);
 
 template <class T, int kIndex>
-__device__ __forceinline__ void read_rows_as(const ForwardLayer<T>& layer, const Piece& piece) {
-  read_rows<T, kRowGroup<T, kIndex>.threads, kRowGroup<T, kIndex>.vectors>(layer, piece);
+__device__ __forceinline__ double read_rows_as(const ForwardLayer<T>& layer, const Piece& piece) {
+  return read_rows<T, kRowGroup<T, kIndex>.threads, kRowGroup<T, kIndex>.vectors>(layer, piece);
 }
 
 template <class T>
-__device__ __forceinline__ void run_piece(const ForwardArguments& arguments, const Piece& piece) {
-  const ForwardLayer<T> layer(arguments, piece.layer);
-  if (piece.kind == Kind::kColumns) return combine_columns(layer, piece);
-  if (piece.kind == Kind::kScale) return scale_elements(layer, piece);
-  if (piece.kind == Kind::kVectors) return write_vectors(layer, piece);
-  static_assert(kRowGroups == 7);
+__device__ __forceinline__ double read_rows(const ForwardLayer<T>& layer, const Piece& piece) {
+  static_assert(kRowGroups == 8);
   switch (layer.table.row_group) {
     case 0:
       return read_rows_as<T, 0>(layer, piece);
@@ -54,8 +50,25 @@ __device__ __forceinline__ void run_piece(const ForwardArguments& arguments, con
     case 6:
       return read_rows_as<T, 6>(layer, piece);
     default:
-      return read_wide_rows(layer, piece);
+      return read_rows_as<T, 7>(layer, piece);
   }
+}
+
+template <class T>
+__device__ __forceinline__ void run_rows(const ForwardLayer<T>& layer, const Piece& piece) {
+  if (layer.table.row_group == kWide) return read_wide_rows(layer, piece);
+  if (piece.dots) load_v(layer, piece.initial);
+  const double total = block_sum(read_rows(layer, piece));
+  if (thread_index() == 0) layer.block_sums()[piece.index] = total;
+}
+
+template <class T>
+__device__ __forceinline__ void run_piece(const ForwardArguments& arguments, const Piece& piece) {
+  const ForwardLayer<T> layer(arguments, piece.layer);
+  if (piece.kind == Kind::kRows) return run_rows(layer, piece);
+  if (piece.kind == Kind::kColumns) return combine_columns(layer, piece);
+  if (piece.kind == Kind::kScale) return scale_elements(layer, piece);
+  write_vectors(layer, piece);
 }
 
 template <class T>
@@ -66,43 +79,53 @@ __device__ __forceinline__ void run_piece(const BackwardArguments& arguments, co
   return update_elements(layer, piece);
 }
 
-__device__ __forceinline__ void wait_for(const int32_t* finished, const Piece& piece) {
-  if (threadIdx.x == 0) {
-    while (load_acquire(finished) < piece.required) pause(piece);
-  }
-  __syncthreads();
+/// Where a CTA is in the tables. Lies in shared memory: a register that lives through all pieces
+/// would be one fewer for the loops in them.
+struct Position {
+  int32_t ticket, piece, end;  // one beyond the ticket's last piece
+};
+
+__device__ __forceinline__ Position& position() {
+  return *reinterpret_cast<Position*>(static_cast<char*>(shared_memory()) + kReductionBytes - 16);
 }
 
-template <class T, class Arguments>
-__device__ __forceinline__ void run_ticket(const Arguments& arguments, int32_t ticket) {
-  const Tables& tables = arguments.tables;
-  int32_t* const finished = arguments.progress.finished;
-  for (int32_t p = tables.tickets[ticket]; p < tables.tickets[ticket + 1]; ++p) {
-    const Piece piece = tables.pieces[p];
-    if (finished != nullptr) wait_for(finished + piece.layer, piece);
-    run_piece<T>(arguments, piece);
-    __syncthreads();  // all of the piece is written, and shared memory is free
-    if (finished != nullptr && threadIdx.x == 0) add_release(finished + piece.layer, 1);
+__device__ __forceinline__ void wait_for(const int32_t* finished, const Piece& piece) {
+  while (load_acquire(finished) < piece.required) pause(piece);
+}
+
+/// Goes on to the next piece of the ticket or to the next ticket, and waits for what it needs.
+__device__ __forceinline__ void advance(const Tables& tables, const Progress& progress,
+                                        Position& at) {
+  if (++at.piece >= at.end) {
+    at.ticket = progress.finished != nullptr ? progress.first + take_next(progress.next)
+                                             : at.ticket + static_cast<int32_t>(gridDim.x);
+    if (at.ticket >= progress.end) return;
+    at.piece = tables.tickets[at.ticket];
+    at.end = tables.tickets[at.ticket + 1];
   }
+  const Piece& piece = tables.pieces[at.piece];
+  if (progress.finished != nullptr) wait_for(progress.finished + piece.layer, piece);
 }
 
 template <class T, class Arguments>
 __device__ __forceinline__ void run_tickets(const Arguments& arguments) {
+  const Tables& tables = arguments.tables;
   const Progress& progress = arguments.progress;
-  if (progress.finished == nullptr) {
-    for (int32_t i = progress.first + blockIdx.x; i < progress.end; i += gridDim.x) {
-      run_ticket<T>(arguments, i);
-    }
-    return;
+  Position& at = position();
+  if (thread_index() == 0) {
+    at = {progress.first + static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x), 0,
+          0};
   }
-  auto* const taken = static_cast<int32_t*>(shared_memory());
   for (;;) {
-    if (threadIdx.x == 0) *taken = progress.first + take_next(progress.next);
+    if (thread_index() == 0) advance(tables, progress, at);
     __syncthreads();
-    const int32_t ticket = *taken;
-    __syncthreads();
-    if (ticket >= progress.end) return;
-    run_ticket<T>(arguments, ticket);
+    if (at.ticket >= progress.end) return;
+    const Piece& piece = tables.pieces[at.piece];
+    run_piece<T>(arguments, piece);
+    __syncthreads();  // all of the piece is written, and shared memory is free
+    if (progress.finished != nullptr && thread_index() == 0) {
+      add_release(progress.finished + piece.layer, 1);
+    }
   }
 }
 

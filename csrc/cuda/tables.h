@@ -29,20 +29,20 @@ struct RowGroup {
   }
 };
 
-constexpr int kRowGroups = 7;
+constexpr int kRowGroups = 8;
 
-/// The groups for rows of growing width. Half types have more columns in a vector and hence fewer
-/// vectors, since a thread keeps a 32-bit sum for each column.
+/// The groups for rows of growing width. A thread keeps a sum for each column, so that more vectors
+/// than these would not fit its 128 registers; half types have a 32-bit sum for 16 bits.
 constexpr RowGroup row_group(int64_t element_size, int index) {
-  constexpr RowGroup full[kRowGroups] = {{32, 1},  {32, 3},  {32, 9}, {128, 5},
-                                         {128, 9}, {512, 5}, {512, 7}};
-  constexpr RowGroup half[kRowGroups] = {{32, 1},  {32, 3},  {32, 5}, {128, 3},
-                                         {128, 5}, {512, 3}, {512, 4}};
+  constexpr RowGroup full[kRowGroups] = {{32, 1},  {32, 3},  {32, 5},  {64, 5},
+                                         {128, 5}, {256, 5}, {512, 5}, {512, 7}};
+  constexpr RowGroup half[kRowGroups] = {{32, 1},  {32, 3},  {32, 5},  {64, 5},
+                                         {128, 5}, {256, 5}, {512, 3}, {512, 4}};
   return element_size == 2 ? half[index] : full[index];
 }
 
 /// Wider rows than these are read in tiles, twice per iteration: v fits in shared memory no more.
-constexpr int64_t max_columns(int64_t element_size) { return element_size == 8 ? 7168 : 14336; }
+constexpr int64_t max_columns(int64_t element_size) { return element_size == 8 ? 7104 : 14208; }
 
 constexpr int kWide = -1;  // instead of the index of a row group
 

@@ -271,6 +271,15 @@ EMULATOR_UNSEEN inline void __syncthreads() {
   emulator::synchronize(address, false);
 }
 
+EMULATOR_UNSEEN inline void __syncwarp() {
+  emulator::Barrier& barrier =
+      emulator::current->block->warps[emulator::current->index / 32].barrier;
+  int64_t* const address = &barrier.ordered[barrier.generation & 1];
+  emulator::synchronize(address, true);
+  emulator::arrive(barrier);
+  emulator::synchronize(address, false);
+}
+
 template <class A>
 EMULATOR_UNSEEN A __shfl_xor_sync(unsigned, A value, int mask) {
   emulator::Warp& warp = emulator::current->block->warps[emulator::current->index / 32];
@@ -343,6 +352,7 @@ inline int32_t take_next(int32_t* p) {
   emulator::note_progress();
   return __atomic_fetch_add(p, 1, __ATOMIC_RELAXED);
 }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline void pause(const Piece& piece) { emulator::spin(piece); }
 inline void* shared_memory() { return emulator::shared_memory(); }
 inline void prefetch(const void*) {}
