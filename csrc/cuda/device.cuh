@@ -140,12 +140,6 @@ __device__ __forceinline__ A at_least(A x, A bound) {
   return x < bound ? bound : x;  // a NaN stays; fmax would drop it
 }
 
-/// The start of shared memory, for sums over the CTA; the rest belongs to the piece at work.
-constexpr int kWarps = kThreads / 32;
-constexpr int kReductionBytes = 2 * kWarps * 8 + 16;  // the last 16: see schedule.cuh
-constexpr int kStageBytes = kThreads * 16;            // a vector for each thread
-constexpr int kSharedBytes = 64 << 10;                // what a CTA may have on all devices
-
 /// The sum of x over the CTA, in a fixed order; every thread gets it, and all must call it.
 __device__ __forceinline__ double block_sum(double x) {
   auto* of_warp = static_cast<double*>(shared_memory());

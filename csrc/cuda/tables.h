@@ -16,6 +16,7 @@
 namespace spectral_ext::cuda {
 
 constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
 constexpr int kMaxLayers =
     120;  // pointers of so many fit the 4 KB of arguments that every CUDA has
 constexpr int kChunkColumns = 128;
@@ -41,8 +42,17 @@ constexpr RowGroup row_group(int64_t element_size, int index) {
   return element_size == 2 ? half[index] : full[index];
 }
 
+/// The shared memory of a CTA: sums over it and its place in the tables, then a vector for each
+/// thread, then v. The backward needs only the first. All devices have so much.
+constexpr int kReductionBytes = 2 * kWarps * 8 + 16;
+constexpr int kStageBytes = kThreads * 16;
+constexpr int kSharedBytes = 64 << 10;
+
 /// Wider rows than these are read in tiles, twice per iteration: v fits in shared memory no more.
 constexpr int64_t max_columns(int64_t element_size) { return element_size == 8 ? 7104 : 14208; }
+
+static_assert(kReductionBytes + kStageBytes + 4 * max_columns(4) <= kSharedBytes);
+static_assert(kReductionBytes + kStageBytes + 8 * max_columns(8) <= kSharedBytes);
 
 constexpr int kWide = -1;  // instead of the index of a row group
 
