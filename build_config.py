@@ -234,7 +234,7 @@ def extension(plan: Plan) -> Extension:
     import torch
     from torch.utils import cpp_extension
 
-    files = ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
+    files = [*sources("csrc/*.cpp"), *sources("csrc/cpu/*.cpp")]
     make_extension = cpp_extension.CppExtension
     if plan.cuda is not None:
         files += sources("csrc/cuda/*.cu")

@@ -10,11 +10,12 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = error
 
-__all__ = ["allocate", "backward", "empty_cache", "forward_", "unavailable"]
+__all__ = ["allocate", "attach", "backward", "empty_cache", "forward_", "unavailable"]
 
 allocate = torch.ops.spectral_ext.allocate.default
 forward_ = torch.ops.spectral_ext.forward_.default
 backward = torch.ops.spectral_ext.backward.default
+attach = torch.ops.spectral_ext.attach.default
 
 
 def empty_cache() -> int:

@@ -9,7 +9,10 @@ from .. import reference
 from ..layout import allocate, split_saved
 from ..validation import check_layer
 
-__all__ = ["allocate", "backward", "forward_", "unavailable"]
+__all__ = ["allocate", "attach", "backward", "forward_", "unavailable"]
+
+
+attach = None
 
 
 def unavailable(device: torch.device | None) -> str | None:
