@@ -1,6 +1,8 @@
 // The autograd node of a computation, for backends whose kernels are native. It does what
 // spectral_ext/autograd.py says, without Python between the engine and the kernels; that file's own
 // node serves the other backends, torch.compile and functorch.
+#include "autograd.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -164,6 +166,8 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
   }
 };
 
+}  // namespace
+
 std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList outputs,
                                                const Tensor& saved, const Tensor& sigmas,
                                                at::IntArrayRef dims) {
@@ -198,7 +202,6 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
   return {std::move(results), std::move(attached.back())};
 }
 
-}  // namespace
 }  // namespace spectral_ext
 
 TORCH_LIBRARY_IMPL(spectral_ext, CompositeImplicitAutograd, m) {

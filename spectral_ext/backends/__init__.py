@@ -28,6 +28,12 @@ class Backend(Protocol):
 
     attach: Callable[..., tuple[list[Tensor], Tensor]] | None
     """The operator whose autograd node calls the backward natively; None: the node in Python does."""
+    prepare: Callable[..., Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]] | None
+    """Takes the arguments of ``forward_`` up to ``vs`` and from ``dims`` to ``v_first``, once.
+
+    The function that it returns takes ``update`` and whether to attach the results to the graph, and
+    does the work of ``allocate``, ``forward_`` and ``attach``. None: there is no such short cut.
+    """
 
     def unavailable(self, device: torch.device | None) -> str | None:
         """Return None if it can run (on ``device``, if given), else the reason in words."""
