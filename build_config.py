@@ -234,7 +234,8 @@ def extension(plan: Plan) -> Extension:
     import torch
     from torch.utils import cpp_extension
 
-    files = ["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/*/*.cpp")]
+    # The plan of the CUDA kernels is for any machine, so that it is tested on any.
+    files = [*sources("csrc/*.cpp"), *sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"]
     make_extension = cpp_extension.CppExtension
     if plan.cuda is not None:
         files += sources("csrc/cuda/*.cu")

@@ -5,12 +5,13 @@
 // to undefined behaviour: sizes, strides, dtypes, storage bounds and overlaps are all looked at
 // here.
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -49,6 +50,14 @@ DType element_type(const Tensor& tensor, const char* name, size_t layer) {
   }
 }
 
+/// How many elements lie between the first one and the end of the last.
+int64_t reach(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor.numel();
+  int64_t elements = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+  return elements;
+}
+
 /// Checks that a kernel may follow the tensor's data pointer.
 void check_memory(const Tensor& tensor, const char* name, size_t layer) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " of layer ", layer, " is on ", tensor.device(),
@@ -58,11 +67,9 @@ void check_memory(const Tensor& tensor, const char* name, size_t layer) {
   TORCH_CHECK_VALUE(!tensor.is_neg() && !tensor.is_conj(), name, " of layer ", layer,
                     " is a lazy negation or conjugation; resolve it first");
   if (tensor.numel() == 0) return;
-  int64_t reach = tensor.storage_offset() + 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
-  TORCH_CHECK_VALUE(static_cast<size_t>(reach) * tensor.element_size() <= tensor.storage().nbytes(),
-                    name, " of layer ", layer,
-                    " reaches beyond its storage (was it resized or freed?)");
+  const auto elements = static_cast<size_t>(tensor.storage_offset() + reach(tensor));
+  TORCH_CHECK_VALUE(elements * tensor.element_size() <= tensor.storage().nbytes(), name,
+                    " of layer ", layer, " reaches beyond its storage (was it resized or freed?)");
 }
 
 void check_same(const Tensor& tensor, const Tensor& like, const char* name, size_t layer) {
@@ -96,13 +103,13 @@ void check_flat(const Tensor& tensor, int64_t size, at::ScalarType dtype, const 
 /// Refuses calls in which something that is written shares memory with anything else.
 class Overlaps {
  public:
+  explicit Overlaps(size_t tensors) { spans_.reserve(tensors); }
+
   void add(const Tensor& tensor, const char* name, size_t layer, bool written) {
     if (tensor.numel() == 0) return;
-    int64_t reach = 1;
-    for (int64_t d = 0; d < tensor.dim(); ++d) reach += (tensor.size(d) - 1) * tensor.stride(d);
     const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    spans_.push_back(
-        {begin, begin + static_cast<size_t>(reach) * tensor.element_size(), name, layer, written});
+    spans_.push_back({begin, begin + static_cast<size_t>(reach(tensor)) * tensor.element_size(),
+                      name, layer, written});
   }
 
   void check() {
@@ -134,6 +141,9 @@ class Overlaps {
 
 /// Describes a dense tensor as outer × rows × inner with its order of columns; see layer.h.
 Shape describe(const Tensor& weight, int64_t dim, size_t layer) {
+  if (dim == 0 && weight.is_contiguous()) {
+    return {1, weight.size(0), weight.numel() / weight.size(0), {}};
+  }
   std::vector<int64_t> storage_order;
   for (int64_t d = 0; d < weight.dim(); ++d) {
     if (d == dim || weight.size(d) > 1) storage_order.push_back(d);
@@ -208,12 +218,28 @@ void parallel_for(int64_t n, void (*f)(int64_t, int64_t, void*), void* context) 
 
 // ---- operators ----
 
+/// Memory of large tensors for torch; see cpu/memory.h.
+class LargeAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = cpu::allocate(bytes);
+    return {block, block, cpu::release, at::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return cpu::release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
 Tensor empty_output(const Tensor& weight) {
-  if (weight.nbytes() < cpu::kLargeBlock || !weight.is_non_overlapping_and_dense()) {
+  static auto* large = new LargeAllocator;  // tensors may outlive static destructors
+  if (weight.layout() != at::kStrided || !weight.is_non_overlapping_and_dense()) {
     return at::empty_like(weight);
   }
-  Tensor output = at::from_blob(cpu::allocate(weight.nbytes()), weight.sizes(), weight.strides(),
-                                cpu::release, weight.options().requires_grad(false));
+  c10::Allocator* allocator = weight.nbytes() < cpu::kLargeBlock ? c10::GetCPUAllocator() : large;
+  Tensor output = at::detail::empty_strided_generic(weight.sizes(), weight.strides(), allocator,
+                                                    c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                    weight.scalar_type());
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     output.fill_(std::numeric_limits<double>::quiet_NaN());  // as torch does with its own
@@ -237,9 +263,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at:
           at::empty({static_cast<int64_t>(weights.size())}, options)};
 }
 
-void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outputs, Tensor saved,
-              Tensor sigmas, at::IntArrayRef dims, at::IntArrayRef n_power_iterations,
-              at::ArrayRef<double> eps, const c10::List<bool>& v_first, bool update) {
+void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
+              const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+              at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
+              const c10::List<bool>& v_first, bool update) {
   const at::AutoDispatchBelowAutograd guard;
   const size_t count = weights.size();
   check_count(us.size(), count, "us");
@@ -252,7 +279,7 @@ void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outpu
 
   const at::ScalarType dtype = compute_dtype(weights);
   std::vector<Layer> layers(count);
-  Overlaps overlaps;
+  Overlaps overlaps(4 * count + 2);
   int64_t saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &weight = weights[i], &output = outputs[i];
@@ -317,7 +344,7 @@ void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outpu
 
 std::vector<Tensor> backward(const c10::List<std::optional<Tensor>>& grad_outputs,
                              const std::optional<Tensor>& grad_sigmas, TensorList outputs,
-                             Tensor saved, Tensor sigmas, at::IntArrayRef dims,
+                             const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
                              const c10::List<bool>& mask) {
   const at::AutoDispatchBelowAutograd guard;
   const size_t count = outputs.size();

@@ -126,5 +126,12 @@ def _batched(grads: tuple[Tensor | None, ...]) -> bool:
 
 def attach(weights: list[Tensor], computation: Computation) -> tuple[list[Tensor], Tensor]:
     """Return the outputs and sigmas of a computation as differentiable functions of ``weights``."""
+    native = computation.backend.attach
+    if native is not None and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    ):
+        return native(  # a node without Python: a tenth of this one's time
+            weights, computation.outputs, computation.saved, computation.sigmas, computation.dims
+        )
     *outputs, sigmas = _SpectralNormalize.apply(computation, *weights)
     return outputs, sigmas

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import Computation, Settings, attach, compute
-from .backends import select
+from .backends import Backend, select
 from .layout import compute_dtype
 from .reference import Order
 from .validation import check_layer, check_lists, check_overlap, check_settings, check_weight
@@ -90,23 +90,23 @@ def spectral_normalize(
 class Results:
     """The outcome of :func:`normalize_layers`.
 
-    ``normalized`` and ``sigmas`` are in the graph if gradients were enabled. ``computations`` has
-    for each layer the computation that it was part of and its place there; None where autograd
-    differentiates the reference itself.
+    ``normalized`` and ``sigmas`` are in the graph if gradients were enabled. ``computations`` are
+    those that can be attached later, each with the layers that it has; those of the reference,
+    which autograd differentiates itself, are not among them.
     """
 
     normalized: list[Tensor]
     sigmas: Tensor
-    computations: list[tuple[Computation, int] | None]
+    computations: list[tuple[Computation, Sequence[int]]]
 
     def attached(self, index: int, weight: Tensor) -> Tensor | None:
         """Return the normalized weight of one layer with a graph node of its own."""
-        found = self.computations[index]
-        if found is None:
-            return None
-        computation, place = found
-        with torch.enable_grad():
-            return attach([weight], computation.narrow(place, place + 1))[0][0]
+        for computation, members in self.computations:
+            if index in members:
+                place = members.index(index)
+                with torch.enable_grad():
+                    return attach([weight], computation.narrow(place, place + 1))[0][0]
+        return None
 
 
 def normalize_layers(
@@ -132,8 +132,57 @@ def normalize_layers(
         chosen = select(backend, *devices)
         computation = compute(weights, us, vs, settings, update, chosen)
         normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
-        return Results(normalized, sigmas, [(computation, i) for i in range(len(weights))])
+        return Results(normalized, sigmas, [(computation, range(len(weights)))])
     return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes)
+
+
+class PreparedCall:
+    """:func:`normalize_layers` for lists that stay the same, with less to do in each call.
+
+    Raises:
+        TypeError, ValueError: a tensor was changed (``module.to(…)``, ``.data = …``) into one that
+            does not fit, or only not together with the others. Nothing was written.
+    """
+
+    __slots__ = ("_backend", "_dims", "_run", "_weights")
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        us: list[Tensor],
+        vs: list[Tensor],
+        settings: Settings,
+        backend: Backend,
+    ) -> None:
+        assert backend.prepare is not None
+        self._weights, self._dims, self._backend = weights, settings.dims, backend
+        self._run = backend.prepare(weights, us, vs, *settings)
+
+    def __call__(self, update: bool, bucket_bytes: int | None) -> Results:
+        """Normalize all layers."""
+        attached = bucket_bytes is None and torch.is_grad_enabled()
+        outputs, saved, sigmas = self._run(update, attached)
+        if attached:
+            return Results(outputs, sigmas, [])
+        computation = Computation(self._backend, self._dims, outputs, saved, sigmas)
+        if bucket_bytes is not None:
+            outputs, sigmas = _attach_in_buckets(self._weights, computation, bucket_bytes)
+        return Results(outputs, sigmas, [(computation, range(len(outputs)))])
+
+
+def prepare(
+    weights: list[Tensor], us: list[Any], vs: list[Any], settings: Settings, backend: Backend
+) -> PreparedCall | None:
+    """Return a prepared call; None where the layers need several, or Python has to see them."""
+    kinds = {(weight.device, weight.dtype) for weight in weights}
+    fit = (
+        backend.prepare is not None
+        and len(kinds) == 1
+        and all(type(weight) in (Tensor, torch.nn.Parameter) for weight in weights)
+        and not any(weight.is_complex() for weight in weights)
+        and all(u is not None for u in us)
+    )
+    return PreparedCall(weights, us, vs, settings, backend) if fit else None
 
 
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
@@ -176,7 +225,7 @@ def _normalize_mixed(
     ]
     normalized: list[Any] = [None] * count
     sigma: list[Any] = [None] * count
-    computations: list[tuple[Computation, int] | None] = [None] * count
+    computations: list[tuple[Computation, Sequence[int]]] = []
     # Choose every backend before the first call, so that an error leaves all layers as they were.
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
     for kind, chosen in backends.items():
@@ -193,7 +242,7 @@ def _normalize_mixed(
         outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
         for place, i in enumerate(members):
             normalized[i], sigma[i] = outputs[place], sigmas[place]
-            computations[i] = (computation, place)
+        computations.append((computation, members))
     for i in (i for i in range(count) if kinds[i] is None):
         normalized[i], sigma[i] = _normalize_by_reference(
             weights[i], us[i], vs[i], settings.select([i]), update

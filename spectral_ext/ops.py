@@ -32,6 +32,11 @@ SCHEMAS = {
         "(Tensor?[] grad_outputs, Tensor? grad_sigmas, Tensor[] outputs, Tensor saved, Tensor sigmas, "
         "int[] dims, bool[] mask) -> Tensor[]"
     ),
+    # The outputs and sigmas of a forward as functions of the weights, which `backward` differentiates.
+    "attach": (
+        "(Tensor[] weights, Tensor(a)[] outputs, Tensor saved, Tensor(b) sigmas, int[] dims) "
+        "-> (Tensor(a)[], Tensor(b))"
+    ),
 }
 
 LIBRARY = torch.library.Library("spectral_ext", "DEF")

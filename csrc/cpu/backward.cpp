@@ -38,7 +38,7 @@ class Backward {
            char* scratch)
       : layer_(layer),
         cut_(cut),
-        streaming_(streaming && !cut.whole),
+        streaming_(streaming),
         partial_(partial),
         v_scratch_(reinterpret_cast<A*>(scratch)) {}
 
@@ -116,7 +116,7 @@ void backward(const std::vector<LayerGradient>& layers, int threads,
   int64_t bytes = 0, scratch_bytes = 0, partials = 0;
   for (const LayerGradient& layer : layers) {
     const Cut& cut = cuts.emplace_back(layer);
-    schedule.add_layer({cut.slices, cut.slices}, cut.whole, kUpdate);
+    schedule.add_layer(2, [&](int64_t) { return cut.slices; }, cut.whole, kUpdate);
     first_partial.push_back(partials);
     partials += cut.slices;
     bytes += layer.shape.numel() * element_size(layer.dtype);
@@ -129,7 +129,7 @@ void backward(const std::vector<LayerGradient>& layers, int threads,
   const Block scratch(workers * scratch_bytes);
   std::vector<double> partial(static_cast<size_t>(partials));
 
-  const bool streaming = bytes > kStreamingBytes;
+  const bool streaming = 3 * bytes > kCacheBytes;
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const LayerGradient& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

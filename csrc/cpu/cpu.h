@@ -27,8 +27,9 @@ constexpr int64_t kWholeBytes = 768 << 10;
 /// The work of one item of a larger layer.
 constexpr int64_t kItemBytes = 512 << 10;
 
-/// Calls that write more than this write past the caches: the beginning would not survive there.
-constexpr int64_t kStreamingBytes = 16 << 20;
+/// Calls that touch more than this write past the caches: what they write would not survive there,
+/// and a line that is written in a cache is read first.
+constexpr int64_t kCacheBytes = 12 << 20;
 
 /// Calls f with a value of the element type of `dtype`.
 template <class F>

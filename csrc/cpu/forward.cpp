@@ -30,26 +30,24 @@ struct Pass {
 };
 
 /// How a layer is cut into items; depends on its shape and settings alone.
+///
+/// Every pass is a stage of blocks and, if columns were summed, a stage of chunks; only the last
+/// pass may be without sums. The slices are the last stage.
 struct Cut {
-  std::vector<Pass> passes;
+  bool update, v_first;
+  int64_t passes;
   int64_t rows_per_block, blocks, chunks, slice, slices;
   int64_t rows_per_pack;
   bool whole;
 
-  Cut(const Layer& layer, bool update) {
+  Cut(const Layer& layer, bool is_update)
+      : update(is_update),
+        v_first(layer.v_first),
+        passes(!update ? 1 : int64_t{layer.n_power_iterations} + (v_first ? 1 : 0)) {
     const Shape& shape = layer.shape;
     const int64_t columns = shape.columns();
     const int64_t row_bytes = columns * element_size(layer.dtype);
     const int64_t bytes = shape.rows * row_bytes;
-    if (!update) {
-      passes = {{true, false}};
-    } else {
-      passes.assign(layer.n_power_iterations, {true, true});
-      if (layer.v_first) {
-        passes.front().dots = false;
-        passes.push_back({true, false});
-      }
-    }
     whole = bytes <= kWholeBytes;
     // Wide rows: enough of them to pay for a partial sum. Tall layers: few enough for its
     // precision.
@@ -64,14 +62,16 @@ struct Cut {
         std::min(rows_per_block, std::max<int64_t>(4, kPackBytes / (columns * 8) / 4 * 4));
   }
 
-  std::vector<int64_t> stage_sizes() const {
-    std::vector<int64_t> sizes;
-    for (const Pass& pass : passes) {
-      sizes.push_back(blocks);
-      if (pass.sums) sizes.push_back(chunks);
-    }
-    sizes.push_back(slices);
-    return sizes;
+  Pass pass(int64_t p) const {
+    if (!update) return {true, false};
+    return {!(v_first && p == 0), !(v_first && p == passes - 1)};
+  }
+
+  int64_t stages() const { return 2 * passes + (pass(passes - 1).sums ? 1 : 0); }
+
+  int64_t stage_size(int64_t stage) const {
+    if (stage == stages() - 1) return slices;
+    return stage % 2 == 0 ? blocks : chunks;
   }
 };
 
@@ -85,7 +85,7 @@ struct Workspace {
     const int64_t columns = layer.shape.columns();
     t = arena.take<A>(layer.shape.rows);
     y = arena.take<A>(columns);
-    partial = arena.take<A>(cut.passes.front().sums ? cut.blocks * columns : 0);
+    partial = arena.take<A>(cut.pass(0).sums ? cut.blocks * columns : 0);
     scale = arena.take<A>(cut.blocks);
     block_sum = arena.take<double>(cut.blocks);
     chunk_sum = arena.take<double>(cut.chunks);
@@ -121,24 +121,23 @@ class Forward {
 
   void run(const Item& item) {
     if (item.stage >= 0) return run_stage(item.stage, item.index);
-    const auto sizes = cut_.stage_sizes();
-    for (size_t stage = 0; stage < sizes.size(); ++stage) {
-      for (int64_t i = 0; i < sizes[stage]; ++i) run_stage(static_cast<int>(stage), i);
+    const int64_t stages = cut_.stages();
+    for (int64_t stage = 0; stage < stages; ++stage) {
+      const int64_t size = cut_.stage_size(stage);
+      for (int64_t i = 0; i < size; ++i) run_stage(stage, i);
     }
   }
 
  private:
-  void run_stage(int stage, int64_t index) {
-    for (size_t p = 0; p < cut_.passes.size(); ++p) {
-      if (stage-- == 0) return read_block(p, index);
-      if (cut_.passes[p].sums && stage-- == 0) return combine_chunk(p, index);
-    }
-    divide_slice(index);
+  void run_stage(int64_t stage, int64_t index) {
+    if (stage == cut_.stages() - 1) return divide_slice(index);
+    if (stage % 2 == 0) return read_block(stage / 2, index);
+    combine_chunk(stage / 2, index);
   }
 
   /// One pass over a block of rows.
-  void read_block(size_t p, int64_t block) {
-    const Pass pass = cut_.passes[p];
+  void read_block(int64_t p, int64_t block) {
+    const Pass pass = cut_.pass(p);
     const int64_t columns = layer_.shape.columns();
     const int64_t begin = block * cut_.rows_per_block;
     const int64_t end = std::min(layer_.shape.rows, begin + cut_.rows_per_block);
@@ -174,14 +173,14 @@ class Forward {
   }
 
   /// Adds the blocks' partial sums of some columns and makes them y = Mᵀu.
-  void combine_chunk(size_t p, int64_t chunk) {
+  void combine_chunk(int64_t p, int64_t chunk) {
     const int64_t columns = layer_.shape.columns();
     const int64_t begin = cut_.chunks == 1 ? 0 : chunk * kChunkColumns;
     const int64_t end = cut_.chunks == 1 ? columns : std::min(columns, begin + kChunkColumns);
     // s = Σ partial / scale: bring all blocks to the smallest scale, a power of two, which loses
     // nothing.
     const A common = *std::min_element(work_.scale, work_.scale + cut_.blocks);
-    const double d1 = cut_.passes[p].dots ? std::max(norm_of_blocks(), layer_.eps) : 1;
+    const double d1 = cut_.pass(p).dots ? std::max(norm_of_blocks(), layer_.eps) : 1;
     work_.chunk_sum[chunk] = kernels_.combine(
         work_.partial + begin, columns, cut_.blocks, work_.scale, common,
         static_cast<A>(d1 * static_cast<double>(common)), work_.y + begin, end - begin);
@@ -213,7 +212,7 @@ class Forward {
 
   /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before
   /// found.
-  const A* current_v(size_t p) {
+  const A* current_v(int64_t p) {
     const int64_t columns = layer_.shape.columns();
     if (p == 0) {
       if (std::is_same_v<T, A> && layer_.shape.column_order.count == 0 && layer_.v_stride == 1) {
@@ -275,8 +274,9 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   int64_t bytes = 0, scratch_bytes = 0;
   for (const Layer& layer : layers) {
     const Cut& cut = cuts.emplace_back(layer, update);
-    schedule.add_layer(cut.stage_sizes(), cut.whole,
-                       static_cast<int>(cut.stage_sizes().size()) - 1);
+    schedule.add_layer(
+        cut.stages(), [&](int64_t stage) { return cut.stage_size(stage); }, cut.whole,
+        cut.stages() - 1);
     bytes += layer.shape.numel() * element_size(layer.dtype);
     dispatch(layer.dtype, [&](auto element) {
       scratch_bytes =
@@ -303,7 +303,7 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   workspaces.reserve(layers.size());
   place(memory.base, &workspaces);
 
-  const bool streaming = bytes > kStreamingBytes;
+  const bool streaming = 2 * bytes > kCacheBytes;
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const Layer& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

@@ -23,11 +23,12 @@ class Pool {
   void* allocate(size_t bytes) {
     bytes = (bytes + kRounding - 1) / kRounding * kRounding;
     std::lock_guard lock(mutex_);
-    auto found = unused_.find(bytes);
+    // Of blocks of one size the one that was released last: it is the warmest in the caches.
+    const auto end = unused_.upper_bound(bytes);
     void* block;
-    if (found != unused_.end()) {
-      block = found->second;
-      unused_.erase(found);
+    if (end != unused_.begin() && std::prev(end)->first == bytes) {
+      block = std::prev(end)->second;
+      unused_.erase(std::prev(end));
       unused_bytes_ -= bytes;
     } else {
       block = from_system(bytes);

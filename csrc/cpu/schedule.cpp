@@ -10,22 +10,6 @@
 
 namespace spectral_ext::cpu {
 
-void Schedule::add_layer(const std::vector<int64_t>& stage_sizes, bool whole, int reversed_stage) {
-  const int32_t layer = layers_++;
-  if (whole) {
-    items_.push_back({layer, -1, 0, 0});
-    return;
-  }
-  int64_t before = 0;
-  for (int32_t stage = 0; stage < static_cast<int32_t>(stage_sizes.size()); ++stage) {
-    const int64_t size = stage_sizes[stage];
-    for (int64_t i = 0; i < size; ++i) {
-      items_.push_back({layer, stage, stage == reversed_stage ? size - 1 - i : i, before});
-    }
-    before += size;
-  }
-}
-
 namespace {
 
 struct Progress {

@@ -19,17 +19,32 @@ namespace spectral_ext::cpu {
 
 struct Item {
   int32_t layer;
-  int32_t stage;
+  int64_t stage;
   int64_t index;     // among the items of this stage
   int64_t required;  // items of this layer that must be finished first: all of earlier stages
 };
 
 class Schedule {
  public:
-  /// Appends a layer whose stages have the given numbers of items. A layer that is `whole` is one
+  /// Appends a layer whose stages have stage_size(stage) items. A layer that is `whole` is one
   /// item, with stage −1: its runner does all stages itself. `reversed` stages count down, so that
   /// they begin with what the stage before has left in cache.
-  void add_layer(const std::vector<int64_t>& stage_sizes, bool whole, int reversed_stage);
+  template <class Size>
+  void add_layer(int64_t stages, Size stage_size, bool whole, int64_t reversed_stage) {
+    const int32_t layer = layers_++;
+    if (whole) {
+      items_.push_back({layer, -1, 0, 0});
+      return;
+    }
+    int64_t before = 0;
+    for (int64_t stage = 0; stage < stages; ++stage) {
+      const int64_t size = stage_size(stage);
+      for (int64_t i = 0; i < size; ++i) {
+        items_.push_back({layer, stage, stage == reversed_stage ? size - 1 - i : i, before});
+      }
+      before += size;
+    }
+  }
 
   const std::vector<Item>& items() const { return items_; }
 

@@ -7,7 +7,7 @@ tensors and lists; it knows nothing of autograd or modules.
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol, cast
 
@@ -24,7 +24,16 @@ _NAMES = ("reference", "cpu", "cuda", "triton")
 
 
 class Backend(Protocol):
-    """What a backend module offers. The three operators have the schemas of :mod:`spectral_ext.ops`."""
+    """What a backend module offers. Its operators have the schemas of :mod:`spectral_ext.ops`."""
+
+    attach: Callable[..., tuple[list[Tensor], Tensor]] | None
+    """The operator whose autograd node calls the backward natively; None: the node in Python does."""
+    prepare: Callable[..., Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]] | None
+    """Takes the arguments of ``forward_`` up to ``vs`` and from ``dims`` to ``v_first``, once.
+
+    The function that it returns takes ``update`` and whether to attach the results to the graph, and
+    does the work of ``allocate``, ``forward_`` and ``attach``. None: there is no such short cut.
+    """
 
     def unavailable(self, device: torch.device | None) -> str | None:
         """Return None if it can run (on ``device``, if given), else the reason in words."""

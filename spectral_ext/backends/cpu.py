@@ -1,6 +1,10 @@
 """The native CPU backend: C++ kernels registered for ``spectral_ext::*`` in ``csrc/ops.cpp``."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
+from torch import Tensor
 
 from .. import ops  # noqa: F401  (the schemas come first)
 
@@ -10,11 +14,26 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = error
 
-__all__ = ["allocate", "backward", "empty_cache", "forward_", "unavailable"]
+__all__ = ["allocate", "attach", "backward", "empty_cache", "forward_", "prepare", "unavailable"]
 
 allocate = torch.ops.spectral_ext.allocate.default
 forward_ = torch.ops.spectral_ext.forward_.default
 backward = torch.ops.spectral_ext.backward.default
+attach = torch.ops.spectral_ext.attach.default
+
+
+def prepare(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    dims: list[int],
+    n_power_iterations: list[int],
+    eps: list[float],
+    v_first: list[bool],
+) -> Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]:
+    """Unpack the arguments of a call that will be made again and again; see ``csrc/call.cpp``."""
+    call = torch.classes.spectral_ext.Call(weights, us, vs, dims, n_power_iterations, eps, v_first)
+    return cast("Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]", call.normalize)
 
 
 def empty_cache() -> int:

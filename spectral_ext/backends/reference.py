@@ -9,7 +9,11 @@ from .. import reference
 from ..layout import allocate, split_saved
 from ..validation import check_layer
 
-__all__ = ["allocate", "backward", "forward_", "unavailable"]
+__all__ = ["allocate", "attach", "backward", "forward_", "prepare", "unavailable"]
+
+
+attach = None
+prepare = None
 
 
 def unavailable(device: torch.device | None) -> str | None:

@@ -8,7 +8,7 @@ alone.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ __all__ = ["Part", "Record", "Visible", "active", "hidden_saves", "in_force", "l
 
 
 # A computation, and the places of its layers.
-Part = tuple[Results, list[int]]
+Part = tuple[Results, Sequence[int]]
 
 
 class Record:

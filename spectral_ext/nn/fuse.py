@@ -80,8 +80,8 @@ def fuse(
 
     Args:
         model: the root: its forward is what enters the group. Its class is exchanged for a
-            subclass. include: take only the layers that this selects: a regular expression,
-            searched in the
+            subclass.
+        include: take only the layers that this selects: a regular expression, searched in the
             qualified names of the module and of the tensor, or a predicate of module name and
             module.
         exclude: leave out the layers that this selects.

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..functional import normalize_layers
+from ..functional import Results, normalize_layers
 from .active import Part, Record, Visible, active
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
@@ -181,16 +181,21 @@ class SpectralGroup:
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
         plan, tensors = self._gather()
-        normalized: list[Tensor | None] = [None] * len(tensors.weights)
-        places = list(range(len(normalized)))
-        if parametrize._cache_enabled:
-            places = take_from_cache(plan, normalized)
-        parts = self._normalize(plan, tensors, places)
-        for results, part in parts:
-            for place, weight in zip(part, results.normalized, strict=True):
-                normalized[place] = weight
-        if parametrize._cache_enabled:
-            put_into_cache(plan, normalized)
+        results = self._normalize_at_once(plan)
+        if results is not None:
+            normalized: list[Any] = results.normalized
+            parts: list[Part] = [(results, range(len(normalized)))]
+        else:
+            normalized = [None] * len(tensors.weights)
+            places = list(range(len(normalized)))
+            if parametrize._cache_enabled:
+                places = take_from_cache(plan, normalized)
+            parts = self._normalize(plan, tensors, places)
+            for part_results, part in parts:
+                for place, weight in zip(part, part_results.normalized, strict=True):
+                    normalized[place] = weight
+            if parametrize._cache_enabled:
+                put_into_cache(plan, normalized)
 
         def recompute(place: int) -> Tensor:
             weights, us, vs = tensors.select([place])
@@ -223,11 +228,35 @@ class SpectralGroup:
             self._unit_sigmas = None
         return plan, tensors
 
+    def _normalize_at_once(self, plan: Plan) -> Results | None:
+        """Compute all units in the shortest way; None, and nothing done, where that is not open."""
+        training = plan.training()
+        if (
+            not training
+            or training.count(training[0]) < len(training)
+            or parametrize._cache_enabled
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        call = plan.prepared(backends.select(self.backend, plan.device))
+        if call is None:
+            return None
+        try:
+            results = call(training[0], self._bucket_bytes)
+        except (TypeError, ValueError):  # the long way knows more, or says which layer it is
+            return None
+        sigmas = results.sigmas
+        self._unit_sigmas = sigmas.detach() if sigmas.requires_grad else sigmas
+        return results
+
+    @property
+    def _bucket_bytes(self) -> int | None:
+        return None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
+
     def _normalize(self, plan: Plan, tensors: UnitTensors, places: list[int]) -> list[Part]:
         """Compute the units at ``places``: those in training in one call, the others in another."""
         training = plan.training()
         parts: list[Part] = []
-        bucket_bytes = None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
         for update in (True, False):
             part = [place for place in places if training[place] is update]
             if not part:
@@ -237,7 +266,7 @@ class SpectralGroup:
             settings = plan.settings if whole else plan.settings.select(part)
             try:
                 results = normalize_layers(
-                    weights, us, vs, settings, update, self.backend, bucket_bytes
+                    weights, us, vs, settings, update, self.backend, self._bucket_bytes
                 )
             except Exception:
                 plan.check()  # names the layer, if it is one that does not fit

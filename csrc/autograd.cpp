@@ -1,0 +1,209 @@
+// The autograd node of a computation, for backends whose kernels are native. It does what
+// spectral_ext/autograd.py says, without Python between the engine and the kernels; that file's own
+// node serves the other backends, torch.compile and functorch.
+#include "autograd.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace spectral_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Gradients = c10::List<std::optional<Tensor>>;
+using Backward = std::vector<Tensor>(const Gradients&, const std::optional<Tensor>&, TensorList,
+                                     const Tensor&, const Tensor&, at::IntArrayRef,
+                                     const c10::List<bool>&);
+
+/// The operator spectral_ext::backward of whatever device the tensors are on.
+std::vector<Tensor> backward(const Gradients& grad_outputs,
+                             const std::optional<Tensor>& grad_sigmas, TensorList outputs,
+                             const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+                             const c10::List<bool>& mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("spectral_ext::backward", "")
+                             .typed<Backward>();
+  return op.call(grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask);
+}
+
+/// spectral_ext/reference.py's backward: made of differentiable operations that vmap knows too.
+Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sigma,
+                               const Tensor& output, const Tensor& sigma, const Tensor& u,
+                               const Tensor& v, int64_t dim) {
+  const auto dtype = sigma.scalar_type();
+  const Tensor rank_one = at::outer(u, v).reshape(output.movedim(dim, 0).sizes()).movedim(0, dim);
+  const Tensor is_zero = sigma == 0, divisor = at::where(is_zero, 1, sigma);
+  Tensor total = at::zeros_like(rank_one);
+  if (grad_output.defined()) {
+    const Tensor grad = grad_output.to(dtype);
+    const Tensor along = at::where(is_zero, 0, (grad * output.to(dtype)).sum() / divisor);
+    total = total + grad / divisor - along * rank_one;
+  }
+  if (grad_sigma.defined()) total = total + grad_sigma * rank_one;
+  return total.to(output.scalar_type());
+}
+
+/// A batch of gradients inside vmap, whose memory no kernel can see.
+bool is_batched(const Tensor& tensor) {
+  return tensor.defined() && (tensor.key_set().has(c10::DispatchKey::FuncTorchBatched) ||
+                              tensor.key_set().has(c10::DispatchKey::Batched));
+}
+
+/// The results of a forward. A struct, since autograd takes a list of tensors for more inputs.
+struct Computation {
+  TensorList outputs;
+  const Tensor &saved, &sigmas;
+  at::IntArrayRef dims;
+  std::vector<bool> needed;  // the layers whose weights require a gradient
+};
+
+struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
+  /// The weights are those that are needed. Returns their normalized weights, then the sigmas.
+  static variable_list forward(AutogradContext* ctx, TensorList weights,
+                               const Computation& computation) {
+    variable_list results, saved;
+    results.reserve(weights.size() + 1);
+    saved.reserve(computation.outputs.size() + 2);
+    c10::List<bool> needed;
+    needed.reserve(computation.needed.size());
+    for (size_t i = 0; i < computation.outputs.size(); ++i) {
+      saved.push_back(computation.outputs[i].detach());
+      if (computation.needed[i]) results.push_back(saved.back());
+      needed.push_back(computation.needed[i]);
+    }
+    results.push_back(computation.sigmas.detach());
+    saved.push_back(results.back());
+    saved.push_back(computation.saved);
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["dims"] = computation.dims;
+    ctx->saved_data["needed"] = std::move(needed);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list outputs = ctx->get_saved_variables();
+    const Tensor saved = std::move(outputs.back());
+    outputs.pop_back();
+    const Tensor sigmas = std::move(outputs.back());
+    outputs.pop_back();
+    const std::vector<int64_t> dims = ctx->saved_data["dims"].toIntVector();
+    const c10::List<bool> needed = ctx->saved_data["needed"].toBoolList();
+
+    const Tensor& grad_sigmas = grads.back();
+    bool as_operations = at::GradMode::is_enabled() || is_batched(grad_sigmas);
+    Gradients grad_outputs;
+    c10::List<bool> mask;
+    grad_outputs.reserve(outputs.size());
+    mask.reserve(outputs.size());
+    size_t next = 0;
+    for (const bool is_needed : needed) {
+      if (!is_needed) {
+        grad_outputs.push_back(std::nullopt);
+        mask.push_back(false);
+        continue;
+      }
+      const Tensor& grad = grads[next];
+      as_operations = as_operations || is_batched(grad);
+      grad_outputs.push_back(grad.defined() ? std::make_optional(grad) : std::nullopt);
+      mask.push_back(ctx->needs_input_grad(next) && (grad.defined() || grad_sigmas.defined()));
+      ++next;
+    }
+    const variable_list found =
+        as_operations ? operations(grads, outputs, saved, sigmas, dims, needed, mask)
+                      : spectral_ext::backward(
+                            grad_outputs,
+                            grad_sigmas.defined() ? std::make_optional(grad_sigmas) : std::nullopt,
+                            outputs, saved, sigmas, dims, mask);
+    variable_list grad_weights;
+    grad_weights.reserve(next + 1);
+    size_t place = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (needed[i]) grad_weights.push_back(mask[i] ? found[place++] : Tensor());
+    }
+    grad_weights.emplace_back();  // of the computation
+    return grad_weights;
+  }
+
+ private:
+  /// The same by torch's operations.
+  static variable_list operations(const variable_list& grads, const variable_list& outputs,
+                                  const Tensor& saved, const Tensor& sigmas,
+                                  const std::vector<int64_t>& dims, const c10::List<bool>& needed,
+                                  const c10::List<bool>& mask) {
+    variable_list found;
+    int64_t begin = 0;
+    size_t next = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const int64_t rows = outputs[i].size(dims[i]), columns = outputs[i].numel() / rows;
+      if (mask[i]) {
+        const Tensor& grad_sigmas = grads.back();
+        const auto place = static_cast<int64_t>(i);
+        found.push_back(differentiable_backward(
+            grads[next], grad_sigmas.defined() ? grad_sigmas.select(0, place) : Tensor(),
+            outputs[i], sigmas.select(0, place), saved.narrow(0, begin, rows),
+            saved.narrow(0, begin + rows, columns), dims[i]));
+      }
+      next += needed[i];
+      begin += rows + columns;
+    }
+    return found;
+  }
+};
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList outputs,
+                                               const Tensor& saved, const Tensor& sigmas,
+                                               at::IntArrayRef dims) {
+  const size_t count = weights.size();
+  TORCH_CHECK_VALUE(outputs.size() == count && dims.size() == count,
+                    "weights, outputs and dims must be as many: ", count, ", ", outputs.size(),
+                    " and ", dims.size());
+  int64_t saved_size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(outputs[i].sizes() == weights[i].sizes(), "the output of layer ", i,
+                      " has shape ", outputs[i].sizes(), ", expected ", weights[i].sizes());
+    TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].numel() > 0,
+                      "dim of layer ", i, " is ", dims[i], ", out of range for its weight");
+    saved_size += weights[i].size(dims[i]) + weights[i].numel() / weights[i].size(dims[i]);
+  }
+  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == saved_size && sigmas.dim() == 1 &&
+                        sigmas.size(0) == static_cast<int64_t>(count),
+                    "saved and sigmas must have shapes [", saved_size, "] and [", count, "]");
+
+  Computation computation{outputs, saved, sigmas, dims, {}};
+  std::vector<Tensor> needed, results(outputs.begin(), outputs.end());
+  needed.reserve(count);
+  for (const Tensor& weight : weights) {
+    computation.needed.push_back(weight.requires_grad());
+    if (weight.requires_grad()) needed.push_back(weight);
+  }
+  variable_list attached = SpectralNormalize::apply(TensorList(needed), computation);
+  size_t next = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (computation.needed[i]) results[i] = std::move(attached[next++]);
+  }
+  return {std::move(results), std::move(attached.back())};
+}
+
+}  // namespace spectral_ext
+
+TORCH_LIBRARY_IMPL(spectral_ext, CompositeImplicitAutograd, m) {
+  m.impl("attach", spectral_ext::attach);
+}

@@ -1,0 +1,19 @@
+// The autograd node of a computation; see autograd.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <vector>
+
+namespace spectral_ext {
+
+/// The outputs and sigmas of a forward as differentiable functions of the weights. What belongs to
+/// weights that require no gradient stays out of the graph.
+std::tuple<std::vector<at::Tensor>, at::Tensor> attach(at::TensorList weights,
+                                                       at::TensorList outputs,
+                                                       const at::Tensor& saved,
+                                                       const at::Tensor& sigmas,
+                                                       at::IntArrayRef dims);
+
+}  // namespace spectral_ext

@@ -1,0 +1,82 @@
+// The class torch.classes.spectral_ext.Call: a call whose arguments were unpacked once.
+//
+// Python's lists of tensors and numbers become C++ lists at every call of an operator, which takes
+// longer than to check them. A group calls with the same tensors and settings again and again.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "autograd.h"
+
+namespace spectral_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+/// The operator of that name, for whatever device its tensors are on.
+template <class F>
+c10::TypedOperatorHandle<F> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
+using Allocate = std::tuple<std::vector<Tensor>, Tensor, Tensor>(TensorList, at::IntArrayRef);
+using Forward = void(TensorList, TensorList, TensorList, TensorList, const Tensor&, const Tensor&,
+                     at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>, const c10::List<bool>&,
+                     bool);
+
+class Call : public torch::CustomClassHolder {
+ public:
+  Call(std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<Tensor> vs,
+       std::vector<int64_t> dims, std::vector<int64_t> n_power_iterations, std::vector<double> eps,
+       c10::List<bool> v_first)
+      : weights_(std::move(weights)),
+        us_(std::move(us)),
+        vs_(std::move(vs)),
+        dims_(std::move(dims)),
+        n_power_iterations_(std::move(n_power_iterations)),
+        eps_(std::move(eps)),
+        v_first_(std::move(v_first)) {}
+
+  /// The results of allocate and forward_: outputs, saved vectors, σ. With `attached` the outputs
+  /// and σ are functions of the weights.
+  std::tuple<std::vector<Tensor>, Tensor, Tensor> normalize(bool update, bool attached) {
+    static const auto allocate = find<Allocate>("spectral_ext::allocate");
+    static const auto forward = find<Forward>("spectral_ext::forward_");
+    std::vector<Tensor> outputs;
+    Tensor saved, sigmas;
+    {
+      const at::AutoDispatchBelowAutograd guard;
+      std::tie(outputs, saved, sigmas) = allocate.call(weights_, dims_);
+      forward.call(weights_, us_, vs_, outputs, saved, sigmas, dims_, n_power_iterations_, eps_,
+                   v_first_, update);
+    }
+    if (attached) std::tie(outputs, sigmas) = attach(weights_, outputs, saved, sigmas, dims_);
+    return {std::move(outputs), std::move(saved), std::move(sigmas)};
+  }
+
+ private:
+  const std::vector<Tensor> weights_, us_, vs_;
+  const std::vector<int64_t> dims_, n_power_iterations_;
+  const std::vector<double> eps_;
+  const c10::List<bool> v_first_;
+};
+
+}  // namespace
+}  // namespace spectral_ext
+
+TORCH_LIBRARY_FRAGMENT(spectral_ext, m) {
+  using spectral_ext::Call;
+  m.class_<Call>("Call")
+      .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
+                       std::vector<int64_t>, std::vector<int64_t>, std::vector<double>,
+                       c10::List<bool>>())
+      .def("normalize", &Call::normalize);
+}
