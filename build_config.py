@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+NEED_CUDA = {"csrc/ops_cuda.cpp", "csrc/cuda/launch.cpp"}  # the headers of a toolkit
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 
 TORCH_MISSING = """\
@@ -234,11 +235,12 @@ def extension(plan: Plan) -> Extension:
     import torch
     from torch.utils import cpp_extension
 
-    # The plan of the CUDA kernels is for any machine, so that it is tested on any.
-    files = [*sources("csrc/*.cpp"), *sources("csrc/cpu/*.cpp"), "csrc/cuda/plan.cpp"]
+    files = {*sources("csrc/*.cpp"), *sources("csrc/*/*.cpp")}
     make_extension = cpp_extension.CppExtension
-    if plan.cuda is not None:
-        files += sources("csrc/cuda/*.cu")
+    if plan.cuda is None:
+        files -= NEED_CUDA
+    else:
+        files |= {*sources("csrc/cuda/*.cu")}
         make_extension = cpp_extension.CUDAExtension
     facts = {
         "TORCH": torch.__version__,
@@ -250,7 +252,7 @@ def extension(plan: Plan) -> Extension:
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     return make_extension(
         "spectral_ext._C",
-        files,
+        sorted(files),
         depends=sources("csrc/**/*.*"),
         define_macros=[(f"SPECTRAL_EXT_{name}", f'"{text}"') for name, text in facts.items()],
         extra_compile_args={"cxx": [*CXX_FLAGS, *system], "nvcc": [*NVCC_FLAGS]},

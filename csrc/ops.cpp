@@ -1,212 +1,20 @@
-// The operators' kernels on tensors: checks of every argument, then plain structs for the native
-// code. The only file that includes torch. The schemas are in spectral_ext/ops.py.
-//
-// Nothing is written before all checks have passed, and no argument that Python can build may lead
-// to undefined behaviour: sizes, strides, dtypes, storage bounds and overlaps are all looked at
-// here.
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
+// The operators on CPU tensors. The schemas are in spectral_ext/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
 #include <tuple>
-#include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/cpu.h"
 #include "cpu/memory.h"
-#include "layer.h"
 
 namespace spectral_ext {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-
-// ---- checks ----
-
-DType element_type(const Tensor& tensor, const char* name, size_t layer) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " of layer ", layer, " is ", tensor.scalar_type(),
-                       "; expected float32, float64, bfloat16 or float16");
-  }
-}
-
-/// How many elements lie between the first one and the end of the last.
-int64_t reach(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return tensor.numel();
-  int64_t elements = 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
-  return elements;
-}
-
-/// Checks that a kernel may follow the tensor's data pointer.
-void check_memory(const Tensor& tensor, const char* name, size_t layer) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " of layer ", layer, " is on ", tensor.device(),
-                    ", expected the CPU");
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " of layer ", layer,
-                   " must be strided, got ", tensor.layout());
-  TORCH_CHECK_VALUE(!tensor.is_neg() && !tensor.is_conj(), name, " of layer ", layer,
-                    " is a lazy negation or conjugation; resolve it first");
-  if (tensor.numel() == 0) return;
-  const auto elements = static_cast<size_t>(tensor.storage_offset() + reach(tensor));
-  TORCH_CHECK_VALUE(elements * tensor.element_size() <= tensor.storage().nbytes(), name,
-                    " of layer ", layer, " reaches beyond its storage (was it resized or freed?)");
-}
-
-void check_same(const Tensor& tensor, const Tensor& like, const char* name, size_t layer) {
-  check_memory(tensor, name, layer);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " of layer ", layer, " is ",
-                   tensor.scalar_type(), ", expected ", like.scalar_type());
-  TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), name, " of layer ", layer, " has shape ",
-                    tensor.sizes(), ", expected ", like.sizes());
-}
-
-void check_vector(const Tensor& vector, int64_t size, at::ScalarType dtype, const char* name,
-                  size_t layer) {
-  check_memory(vector, name, layer);
-  TORCH_CHECK_TYPE(vector.scalar_type() == dtype, name, " of layer ", layer, " is ",
-                   vector.scalar_type(), ", expected ", dtype);
-  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size, name, " of layer ", layer,
-                    " must have shape [", size, "], got ", vector.sizes());
-  TORCH_CHECK_VALUE(size <= 1 || vector.stride(0) > 0, "the elements of ", name, " of layer ",
-                    layer, " overlap in memory");
-}
-
-void check_flat(const Tensor& tensor, int64_t size, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
-                        tensor.scalar_type() == dtype && tensor.dim() == 1 &&
-                        tensor.size(0) == size && tensor.is_contiguous() && !tensor.is_neg(),
-                    name, " must be a contiguous CPU tensor of shape [", size, "] and dtype ",
-                    dtype);
-  check_memory(tensor, name, 0);
-}
-
-/// Refuses calls in which something that is written shares memory with anything else.
-class Overlaps {
- public:
-  explicit Overlaps(size_t tensors) { spans_.reserve(tensors); }
-
-  void add(const Tensor& tensor, const char* name, size_t layer, bool written) {
-    if (tensor.numel() == 0) return;
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    spans_.push_back({begin, begin + static_cast<size_t>(reach(tensor)) * tensor.element_size(),
-                      name, layer, written});
-  }
-
-  void check() {
-    std::sort(spans_.begin(), spans_.end(),
-              [](const Span& a, const Span& b) { return a.begin < b.begin; });
-    const Span *last = nullptr, *last_written = nullptr;  // those that reach furthest so far
-    for (const Span& span : spans_) {
-      const Span* other = span.written ? last : last_written;
-      TORCH_CHECK(other == nullptr || other->end <= span.begin, other == nullptr ? "" : other->name,
-                  " of layer ", other == nullptr ? 0 : other->layer, " and ", span.name,
-                  " of layer ", span.layer, " overlap in memory, and one of them is written");
-      if (last == nullptr || span.end > last->end) last = &span;
-      if (span.written && (last_written == nullptr || span.end > last_written->end))
-        last_written = &span;
-    }
-  }
-
- private:
-  struct Span {
-    uintptr_t begin, end;
-    const char* name;
-    size_t layer;
-    bool written;
-  };
-  std::vector<Span> spans_;
-};
-
-// ---- shapes ----
-
-/// Describes a dense tensor as outer × rows × inner with its order of columns; see layer.h.
-Shape describe(const Tensor& weight, int64_t dim, size_t layer) {
-  if (dim == 0 && weight.is_contiguous()) {
-    return {1, weight.size(0), weight.numel() / weight.size(0), {}};
-  }
-  std::vector<int64_t> storage_order;
-  for (int64_t d = 0; d < weight.dim(); ++d) {
-    if (d == dim || weight.size(d) > 1) storage_order.push_back(d);
-  }
-  const bool one_row = weight.size(dim) == 1;  // its stride means nothing
-  std::stable_sort(storage_order.begin(), storage_order.end(), [&](int64_t a, int64_t b) {
-    if (one_row && (a == dim || b == dim)) return a == dim && b != dim;
-    return weight.stride(a) > weight.stride(b);
-  });
-  std::vector<int64_t> place_in_v(weight.dim());
-  for (int64_t d = weight.dim() - 1, stride = 1; d >= 0; --d) {
-    if (d == dim) continue;
-    place_in_v[d] = stride;
-    stride *= weight.size(d);
-  }
-
-  Shape shape{1, weight.size(dim), 1, {}};
-  bool below_rows = false;
-  int count = 0;
-  int64_t size[64], stride[64];
-  for (const int64_t d : storage_order) {
-    if (d == dim) {
-      below_rows = true;
-      continue;
-    }
-    (below_rows ? shape.inner : shape.outer) *= weight.size(d);
-    if (count > 0 && stride[count - 1] == weight.size(d) * place_in_v[d]) {
-      size[count - 1] *= weight.size(d);
-      stride[count - 1] = place_in_v[d];
-    } else {
-      size[count] = weight.size(d);
-      stride[count++] = place_in_v[d];
-    }
-  }
-  if (count > 1) {  // one dimension is the identity
-    TORCH_CHECK_VALUE(count <= ColumnOrder::kMaxDims, "the weight of layer ", layer, " has ", count,
-                      " column dimensions in permuted order; make it contiguous");
-    shape.column_order.count = count;
-    std::copy_n(size, count, shape.column_order.size);
-    std::copy_n(stride, count, shape.column_order.stride);
-  }
-  return shape;
-}
-
-int64_t checked_dim(const Tensor& weight, int64_t dim, size_t layer) {
-  TORCH_CHECK_VALUE(weight.numel() > 0, "the weight of layer ", layer, " has no elements");
-  TORCH_CHECK_INDEX(dim >= -weight.dim() && dim < weight.dim(), "dim of layer ", layer, " is ", dim,
-                    ", out of range for a weight of ", weight.dim(), " dimensions");
-  return dim < 0 ? dim + weight.dim() : dim;
-}
-
-void check_count(size_t found, size_t expected, const char* name) {
-  TORCH_CHECK_VALUE(found == expected, name, " has ", found, " entries for ", expected, " layers");
-}
-
-at::ScalarType compute_dtype(TensorList weights) {
-  return !weights.empty() && weights[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_compute_dtype(const Tensor& weight, at::ScalarType dtype, size_t layer) {
-  TORCH_CHECK_TYPE((weight.scalar_type() == at::kDouble) == (dtype == at::kDouble), "layer ", layer,
-                   " is ", weight.scalar_type(), "; float64 layers need a call of their own");
-}
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -215,8 +23,6 @@ int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 void parallel_for(int64_t n, void (*f)(int64_t, int64_t, void*), void* context) {
   torch_parallel_for(0, n, 1, f, context);
 }
-
-// ---- operators ----
 
 /// Memory of large tensors for torch; see cpu/memory.h.
 class LargeAllocator final : public c10::Allocator {
@@ -231,191 +37,44 @@ class LargeAllocator final : public c10::Allocator {
   }
 };
 
-Tensor empty_output(const Tensor& weight) {
+Tensor empty_cpu_output(const Tensor& weight) {
   static auto* large = new LargeAllocator;  // tensors may outlive static destructors
-  if (weight.layout() != at::kStrided || !weight.is_non_overlapping_and_dense()) {
-    return at::empty_like(weight);
-  }
-  c10::Allocator* allocator = weight.nbytes() < cpu::kLargeBlock ? c10::GetCPUAllocator() : large;
-  Tensor output = at::detail::empty_strided_generic(weight.sizes(), weight.strides(), allocator,
-                                                    c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                    weight.scalar_type());
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    output.fill_(std::numeric_limits<double>::quiet_NaN());  // as torch does with its own
-  }
-  return output;
+  return empty_output(weight, weight.nbytes() < cpu::kLargeBlock ? c10::GetCPUAllocator() : large);
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate_cpu(TensorList weights,
+                                                             at::IntArrayRef dims) {
   const at::AutoDispatchBelowAutograd guard;
-  check_count(dims.size(), weights.size(), "dims");
-  std::vector<Tensor> outputs;
-  outputs.reserve(weights.size());
-  int64_t saved_size = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t rows = weights[i].size(checked_dim(weights[i], dims[i], i));
-    saved_size += rows + weights[i].numel() / rows;
-    outputs.push_back(empty_output(weights[i]));
-  }
-  const auto options = at::TensorOptions().dtype(compute_dtype(weights));
-  return {std::move(outputs), at::empty({saved_size}, options),
-          at::empty({static_cast<int64_t>(weights.size())}, options)};
+  return allocate(weights, dims, empty_cpu_output);
 }
 
-void forward_(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
-              const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-              at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
-              const c10::List<bool>& v_first, bool update) {
+void forward_cpu(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
+                 const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+                 at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
+                 const c10::List<bool>& v_first, bool update) {
   const at::AutoDispatchBelowAutograd guard;
-  const size_t count = weights.size();
-  check_count(us.size(), count, "us");
-  check_count(vs.size(), count, "vs");
-  check_count(outputs.size(), count, "outputs");
-  check_count(dims.size(), count, "dims");
-  check_count(n_power_iterations.size(), count, "n_power_iterations");
-  check_count(eps.size(), count, "eps");
-  check_count(v_first.size(), count, "v_first");
-
-  const at::ScalarType dtype = compute_dtype(weights);
-  std::vector<Layer> layers(count);
-  Overlaps overlaps(4 * count + 2);
-  int64_t saved_size = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor &weight = weights[i], &output = outputs[i];
-    Layer& layer = layers[i];
-    layer.dtype = element_type(weight, "the weight", i);
-    check_memory(weight, "the weight", i);
-    check_compute_dtype(weight, dtype, i);
-    check_same(output, weight, "the output", i);
-    TORCH_CHECK_VALUE(output.is_non_overlapping_and_dense(), "the output of layer ", i,
-                      " must be dense and must not overlap itself");
-    TORCH_CHECK_VALUE(
-        n_power_iterations[i] >= 1 && n_power_iterations[i] <= std::numeric_limits<int>::max(),
-        "n_power_iterations of layer ", i, " is ", n_power_iterations[i], ", expected 1 to ",
-        std::numeric_limits<int>::max());
-    TORCH_CHECK_VALUE(eps[i] > 0 && std::isfinite(eps[i]), "eps of layer ", i, " is ", eps[i],
-                      ", expected a positive number");
-    // A weight in another order than its output is copied into the output and normalized there.
-    layer.shape = describe(output, checked_dim(weight, dims[i], i), i);
-    check_vector(us[i], layer.shape.rows, weight.scalar_type(), "u", i);
-    check_vector(vs[i], layer.shape.columns(), weight.scalar_type(), "v", i);
-    layer.v_first = v_first[i];
-    layer.n_power_iterations = static_cast<int>(n_power_iterations[i]);
-    layer.eps = eps[i];
-    layer.u_stride = us[i].stride(0);
-    layer.v_stride = vs[i].stride(0);
-    saved_size += layer.shape.rows + layer.shape.columns();
-    overlaps.add(weight, "the weight", i, false);
-    overlaps.add(output, "the output", i, true);
-    overlaps.add(us[i], "u", i, update);
-    overlaps.add(vs[i], "v", i, update);
-  }
-  check_flat(saved, saved_size, dtype, "saved");
-  check_flat(sigmas, static_cast<int64_t>(count), dtype, "sigmas");
-  overlaps.add(saved, "saved", 0, true);
-  overlaps.add(sigmas, "sigmas", 0, true);
-  overlaps.check();
-
-  char* next_saved = static_cast<char*>(saved.mutable_data_ptr());
-  for (size_t i = 0; i < count; ++i) {
-    Layer& layer = layers[i];
-    const int64_t size = compute_size(layer.dtype);
-    const bool in_place = weights[i].strides() != outputs[i].strides();
-    if (in_place) outputs[i].copy_(weights[i]);
-    layer.weight = (in_place ? outputs[i] : weights[i]).const_data_ptr();
-    layer.output = outputs[i].mutable_data_ptr();
-    layer.u = us[i].mutable_data_ptr();
-    layer.v = vs[i].mutable_data_ptr();
-    layer.u_saved = next_saved;
-    layer.v_saved = next_saved + layer.shape.rows * size;
-    next_saved += (layer.shape.rows + layer.shape.columns()) * size;
-    layer.sigma = static_cast<char*>(sigmas.mutable_data_ptr()) + static_cast<int64_t>(i) * size;
-  }
+  const std::vector<Layer> layers = check_forward(at::kCPU, weights, us, vs, outputs, saved, sigmas,
+                                                  dims, n_power_iterations, eps, v_first, update);
   cpu::forward(layers, update, threads(), parallel_for);
-
-  if (!update) return;
-  for (size_t i = 0; i < count; ++i) {  // as a stock in-place operation would
-    for (const Tensor& vector : {us[i], vs[i]}) {
-      if (!vector.is_inference()) vector.unsafeGetTensorImpl()->bump_version();
-    }
-  }
+  if (update) bump_versions(us, vs);
 }
 
-std::vector<Tensor> backward(const c10::List<std::optional<Tensor>>& grad_outputs,
-                             const std::optional<Tensor>& grad_sigmas, TensorList outputs,
-                             const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                             const c10::List<bool>& mask) {
+std::vector<Tensor> backward_cpu(const c10::List<std::optional<Tensor>>& grad_outputs,
+                                 const std::optional<Tensor>& grad_sigmas, TensorList outputs,
+                                 const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+                                 const c10::List<bool>& mask) {
   const at::AutoDispatchBelowAutograd guard;
-  const size_t count = outputs.size();
-  check_count(grad_outputs.size(), count, "grad_outputs");
-  check_count(dims.size(), count, "dims");
-  check_count(mask.size(), count, "mask");
-  const at::ScalarType dtype = compute_dtype(outputs);
-
-  std::vector<Shape> shapes;
-  int64_t saved_size = 0;
-  for (size_t i = 0; i < count; ++i) {
-    element_type(outputs[i], "the output", i);
-    check_memory(outputs[i], "the output", i);
-    check_compute_dtype(outputs[i], dtype, i);
-    TORCH_CHECK_VALUE(outputs[i].is_non_overlapping_and_dense(), "the output of layer ", i,
-                      " must be dense and must not overlap itself");
-    shapes.push_back(describe(outputs[i], checked_dim(outputs[i], dims[i], i), i));
-    saved_size += shapes[i].rows + shapes[i].columns();
-    const std::optional<Tensor> grad = grad_outputs[i];
-    if (grad.has_value() && grad->defined()) check_same(*grad, outputs[i], "the gradient", i);
-  }
-  check_flat(saved, saved_size, dtype, "saved");
-  check_flat(sigmas, static_cast<int64_t>(count), dtype, "sigmas");
-  Tensor grad_sigma;
-  if (grad_sigmas.has_value() && grad_sigmas->defined()) {
-    grad_sigma = grad_sigmas->contiguous();
-    check_flat(grad_sigma, static_cast<int64_t>(count), dtype, "grad_sigmas");
-  }
-
-  std::vector<Tensor> kept, grad_weights;  // `kept` holds what the layers point to
-  std::vector<LayerGradient> layers;
-  const char* next_saved = static_cast<const char*>(saved.const_data_ptr());
-  for (size_t i = 0; i < count; ++i) {
-    const DType element = element_type(outputs[i], "the output", i);
-    const int64_t size = compute_size(element), place = static_cast<int64_t>(i) * size;
-    const char* u = next_saved;
-    next_saved += (shapes[i].rows + shapes[i].columns()) * size;
-    if (!mask[i]) continue;
-    LayerGradient layer{shapes[i],
-                        element,
-                        nullptr,
-                        nullptr,
-                        outputs[i].const_data_ptr(),
-                        u,
-                        u + shapes[i].rows * size,
-                        nullptr,
-                        nullptr};
-    const std::optional<Tensor> grad = grad_outputs[i];
-    if (grad.has_value() && grad->defined()) {
-      kept.push_back(*grad);
-      if (grad->strides() != outputs[i].strides())
-        kept.back() = empty_output(outputs[i]).copy_(*grad);
-      layer.grad_output = kept.back().const_data_ptr();
-    }
-    if (grad_sigma.defined()) {
-      layer.grad_sigma = static_cast<const char*>(grad_sigma.const_data_ptr()) + place;
-    }
-    layer.sigma = static_cast<const char*>(sigmas.const_data_ptr()) + place;
-    grad_weights.push_back(empty_output(outputs[i]));
-    layer.grad_weight = grad_weights.back().mutable_data_ptr();
-    layers.push_back(layer);
-  }
-  cpu::backward(layers, threads(), parallel_for);
-  return grad_weights;
+  Gradients gradients = check_backward(at::kCPU, grad_outputs, grad_sigmas, outputs, saved, sigmas,
+                                       dims, mask, empty_cpu_output);
+  cpu::backward(gradients.layers, threads(), parallel_for);
+  return std::move(gradients.weights);
 }
 
 }  // namespace
 }  // namespace spectral_ext
 
 TORCH_LIBRARY_IMPL(spectral_ext, CPU, m) {
-  m.impl("allocate", spectral_ext::allocate);
-  m.impl("forward_", spectral_ext::forward_);
-  m.impl("backward", spectral_ext::backward);
+  m.impl("allocate", spectral_ext::allocate_cpu);
+  m.impl("forward_", spectral_ext::forward_cpu);
+  m.impl("backward", spectral_ext::backward_cpu);
 }

@@ -313,16 +313,4 @@ void backward(const Launches& launches, const std::vector<LayerGradient>& layers
   }
 }
 
-std::string unsupported(int device) {
-  const RelaxedCapture relaxed;
-  int before = device;
-  cudaGetDevice(&before);
-  const cudaError_t error = cudaSetDevice(device);
-  std::string reason =
-      error == cudaSuccess ? unsupported_by(DType::kFloat32, device) : cudaGetErrorString(error);
-  cudaSetDevice(before);
-  cudaGetLastError();
-  return reason;
-}
-
 }  // namespace spectral_ext::cuda

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "../layer.h"
@@ -37,7 +36,8 @@ struct Target {
 /// The launches of a call; opaque, and never destroyed.
 struct Launches;
 
-/// The plan of layers whose u and v lie in `saved`, and σ in `sigmas`, in the order of the layers.
+/// The plan of layers whose u, v and σ lie one after the other, as in a call of the operator.
+/// Throws std::runtime_error, also where the kernels were not compiled for the device.
 const Launches& prepare_forward(const std::vector<Layer>& layers, bool update, int device);
 
 /// The plan of some layers of a forward: their u, v and sigma say which.
@@ -50,8 +50,5 @@ int64_t workspace_bytes(const Launches& launches);
 void forward(const Launches& launches, const std::vector<Layer>& layers, const Target& target);
 void backward(const Launches& launches, const std::vector<LayerGradient>& layers, const void* saved,
               const void* sigmas, const void* grad_sigmas, const Target& target);
-
-/// Why the kernels cannot run on a device, or nothing if they can.
-std::string unsupported(int device);
 
 }  // namespace spectral_ext::cuda
