@@ -12,11 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: help demo test lint format bench clean FORCE
+# What `make gpu` runs: a Python that has torch with CUDA and pytest.
+GPU_PYTHON ?= python3
+
+.PHONY: help demo test lint format bench gpu gpu-smoke clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/installed  ## train a GAN on digits twice, stock and fused (DEMO_ARGS="--steps 200")
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -26,6 +29,12 @@ test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
 
 bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+gpu:  ## build, test and measure on the NVIDIA GPU here, in 8 minutes (DRY_RUN=1 without a GPU)
+	$(GPU_PYTHON) bench/gpu/run.py $(if $(DRY_RUN),--dry-run)
+
+gpu-smoke:  ## the essential half of it, in 2 minutes
+	$(GPU_PYTHON) bench/gpu/run.py --smoke $(if $(DRY_RUN),--dry-run)
 
 lint: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check

@@ -30,6 +30,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,11 +197,15 @@ def setup_arguments() -> dict[str, Any]:
     """Return the arguments of ``setuptools.setup`` that depend on this machine."""
     decided = plan(os.environ)
 
+    @cache  # once, whichever steps a build has
+    def say_what_is_built() -> None:
+        print(decided.describe(), flush=True)
+
     class BuildPython(build_py):
-        """The first step of every kind of build says what gets built."""
+        """The first step of a whole build."""
 
         def run(self) -> None:
-            print(decided.describe(), flush=True)
+            say_what_is_built()
             super().run()
 
     if decided.compiler is None:
@@ -223,6 +228,10 @@ def setup_arguments() -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = str(ROOT / "build" / objects)
+
+        def run(self) -> None:
+            say_what_is_built()
+            super().run()
 
     return {
         "ext_modules": [extension(decided)],

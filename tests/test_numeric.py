@@ -10,8 +10,6 @@ import pytest
 import samples
 import stock
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from spectral_ext.functional import spectral_normalize
@@ -349,33 +347,6 @@ def test_bits_do_not_depend_on_threads(dtype, order):
     for threads in (2, 3, 8):
         for a, b in zip(single, run(threads), strict=True):
             assert torch.equal(a, b)
-
-
-@st.composite
-def layer_lists(draw):
-    """Lists of layers of mixed shapes, dims, dtypes, orders and settings."""
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    result = []
-    for _ in range(draw(st.integers(1, 6))):
-        shape = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
-        result.append(
-            samples.layer(
-                shape,
-                draw(st.integers(0, len(shape) - 1)),
-                draw(st.sampled_from(DTYPES)),
-                draw(st.sampled_from(samples.LAYOUTS)),
-                order=draw(st.sampled_from(ORDERS)),
-                n_power_iterations=draw(st.integers(1, 3)),
-            )
-        )
-    return result
-
-
-@given(layer_lists(), st.booleans(), st.sampled_from(["cpu", "reference"]))
-def test_any_list(layers, update, backend):
-    grads = [torch.randn_like(layer.weight) for layer in layers]
-    check_backward([layer.to(layer.weight.dtype) for layer in layers], grads, update, backend)
-    check_forward(layers, update, backend)
 
 
 def test_weight_of_more_than_2_gib():

@@ -1,0 +1,58 @@
+"""A short list of small layers through every path of the kernels, for compute-sanitizer.
+
+Fused and very wide rows, every layout of memory, all dtypes, both orders, both schedules, forward
+and backward. The numbers are checked by tests/test_cuda_device.py.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from spectral_ext.functional import spectral_normalize
+
+SHAPES = [((5, 7), 0), ((33, 27), 0), ((64, 64, 3, 3), 0), ((16, 24, 4, 4), 1), ((3, 15001), 0)]
+
+
+def step(dtype: torch.dtype, order: str, channels_last: bool, offset: int) -> None:
+    """Run a forward and a backward of all layers."""
+    weights, us, vs = [], [], []
+    for shape, dim in SHAPES:
+        flat = torch.randn(torch.Size(shape).numel() + offset, device="cuda", dtype=dtype)
+        weight = flat[offset:].view(shape)
+        if channels_last and weight.ndim == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        weights.append(weight.requires_grad_())
+        rows = shape[dim]
+        for vectors, size in ((us, rows), (vs, weight.numel() // rows)):
+            vectors.append(torch.full((size,), size**-0.5, device="cuda", dtype=dtype))
+    for update in (True, False):
+        normalized, sigmas = spectral_normalize(
+            weights,
+            us,
+            vs,
+            dims=[dim for _, dim in SHAPES],
+            n_power_iterations=2,
+            order=order,
+            update=update,
+            backend="cuda",
+        )
+        (sum(y.sum() for y in normalized) + sigmas.sum()).backward()
+
+
+def main() -> None:
+    """Run every combination that takes another path."""
+    for schedule in ("phases", "ticket"):
+        os.environ["SPECTRAL_EXT_CUDA_SCHEDULE"] = schedule
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            step(dtype, "u_first", channels_last=False, offset=0)
+        step(torch.float32, "v_first", channels_last=True, offset=0)
+        step(torch.float32, "u_first", channels_last=False, offset=1)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""The CUDA backend on a device: numbers, graphs, streams, memory and bad input.
+
+`make gpu` runs these, and the numeric tests of all backends with tensors that visit the device.
+"""
+
+import sys
+
+import pytest
+import samples
+import torch
+from test_numeric import (  # noqa: F401  (run here with the backend of this file)
+    gradients,
+    test_backward,
+    test_backward_of_odd_gradients,
+    test_eps_clamps_as_in_stock,
+    test_every_half_is_converted_and_rounded_as_in_torch,
+    test_forward,
+    test_frozen_weights_get_no_gradient,
+    test_gradcheck,
+    test_gradient_of_sigma,
+    test_many_iterations_find_the_norm,
+    test_non_finite_weights_propagate,
+    test_optimizer_step_between_two_backwards,
+    test_scales,
+    test_two_forwards_then_backward_of_the_first,
+    test_zero_weight,
+)
+
+from spectral_ext import backends, fuse
+from spectral_ext.backends import cuda
+from spectral_ext.functional import spectral_normalize
+
+SCHEDULES = ("ticket", "phases")
+MODEL = [((64, 3, 3, 3), 0), ((128, 64, 3, 3), 0), ((128, 128, 4, 4), 1), ((10, 2048), 0)]
+
+
+REASON = backends.unavailable("cuda", torch.device("cuda"))
+if REASON is not None and "--collect-only" not in sys.argv:
+    pytest.skip(f"no CUDA backend here: {REASON}", allow_module_level=True)
+
+
+class Visiting:
+    """A backend of CPU tensors that computes on the device.
+
+    Whole storages go there and back, so that strides, offsets and what lies between stay.
+    """
+
+    attach = prepare = None
+
+    @staticmethod
+    def unavailable(device):
+        return None
+
+    @staticmethod
+    def there(tensor):
+        if tensor is None:
+            return None
+        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+        place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return storage.cuda().as_strided(*place)
+
+    def allocate(self, weights, dims):
+        outputs, saved, sigmas = cuda.allocate([self.there(w) for w in weights], dims)
+        return [torch.empty_like(y, device="cpu") for y in outputs], saved.cpu(), sigmas.cpu()
+
+    def forward_(self, weights, us, vs, outputs, saved, sigmas, *settings):
+        written = [*us, *vs, *outputs, saved, sigmas]
+        there = [self.there(tensor) for tensor in written]
+        n = len(weights)
+        cuda.forward_(
+            [self.there(w) for w in weights],
+            *(there[i * n : (i + 1) * n] for i in range(3)),
+            *there[3 * n :],
+            *settings,
+        )
+        for here, result in zip(written, there, strict=True):
+            here.copy_(result)
+
+    def backward(self, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask):
+        grads = cuda.backward(
+            [self.there(g) for g in grad_outputs],
+            self.there(grad_sigmas),
+            [self.there(y) for y in outputs],
+            self.there(saved),
+            self.there(sigmas),
+            dims,
+            mask,
+        )
+        return [grad.cpu() for grad in grads]
+
+
+@pytest.fixture(params=SCHEDULES)
+def backend(request, monkeypatch):
+    """The name of the backend for the tests that are shared with others."""
+    monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", request.param)
+    monkeypatch.setitem(backends._chosen, ("visiting", torch.device("cpu")), Visiting())
+    return "visiting"
+
+
+def device_layers(shapes=MODEL, dtype=torch.float32, **settings):
+    """Return weights that require a gradient, us, vs and dims, all on the device."""
+    layers = [samples.layer(shape, dim, dtype, **settings) for shape, dim in shapes]
+    return (
+        [layer.weight.cuda().requires_grad_() for layer in layers],
+        [layer.u.cuda() for layer in layers],
+        [layer.v.cuda() for layer in layers],
+        [layer.dim for layer in layers],
+    )
+
+
+def step(weights, us, vs, dims, grads):
+    """Return the results of a forward and a backward."""
+    normalized, sigmas = spectral_normalize(weights, us, vs, dims=dims, backend="cuda")
+    return [*normalized, sigmas, *torch.autograd.grad(normalized, weights, grads)]
+
+
+def clones(tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_equal(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_auto_chooses_it():
+    assert backends.select(None, torch.device("cuda")) is cuda
+
+
+def test_both_schedules_give_the_same_bits(monkeypatch):
+    results = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", schedule)
+        torch.manual_seed(0)
+        weights, us, vs, dims = device_layers(samples.SHAPES)
+        grads = [torch.randn_like(w) for w in weights]
+        results.append([*step(weights, us, vs, dims, grads), *us, *vs])
+    assert_equal(*results)
+
+
+def test_more_layers_than_one_launch_takes():
+    shapes = [((3 + i % 7, 5 + i % 11), i % 2) for i in range(300)]
+    torch.manual_seed(0)
+    weights, us, vs, dims = device_layers(shapes)
+    here = [[tensor.cpu() for tensor in clones(tensors)] for tensors in (weights, us, vs)]
+    normalized, sigmas = spectral_normalize(weights, us, vs, dims=dims)
+    expected, expected_sigmas = spectral_normalize(*here, dims=dims, backend="reference")
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close([y.cpu() for y in normalized], list(expected), **close)
+    torch.testing.assert_close(sigmas.cpu(), expected_sigmas, **close)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_graph_is_captured_in_the_first_call(schedule, monkeypatch):
+    """Replays do what calls do, also where plan and tables were made during the capture."""
+    monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", schedule)
+    shapes = [((33 if schedule == "ticket" else 35, 77), 0), *MODEL]  # a plan that nobody made yet
+    weights, us, vs, dims = device_layers(shapes)
+    grads = [torch.randn_like(w) for w in weights]
+    start = clones([*us, *vs])
+    torch.use_deterministic_algorithms(False)  # fills of uninitialized memory would be captured
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(weights, us, vs, dims, grads)
+    assert_equal([*us, *vs], start)  # a capture runs nothing
+    replayed = []
+    for _ in range(3):
+        graph.replay()
+        replayed.append(clones([*captured, *us, *vs]))
+
+    for vector, value in zip([*us, *vs], start, strict=True):
+        vector.copy_(value)
+    for found in replayed:
+        assert_equal(found, [*step(weights, us, vs, dims, grads), *us, *vs])
+
+
+def test_two_streams():
+    """Calls on two streams at once do what they do one after the other."""
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights, us, vs, dims = device_layers(MODEL * 3)
+        runs.append((weights, us, vs, dims, [torch.randn_like(w) for w in weights]))
+    copies = [(w, clones(u), clones(v), d, g) for w, u, v, d, g in runs]
+    expected = [[step(*run) for _ in range(5)] for run in copies]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in runs]
+    found = [[], []]
+    for _ in range(5):
+        for run, stream, results in zip(runs, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(*run))
+    torch.cuda.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        for result, other in zip(a, b, strict=True):
+            assert_equal(result, other)
+
+
+def test_two_forwards_then_two_backwards():
+    weights, us, vs, dims = device_layers()
+    grads = [torch.randn_like(w) for w in weights]
+    copies = clones(us), clones(vs)
+    expected = [step(weights, *copies, dims, grads)[-len(weights) :] for _ in range(2)]
+    outputs = [spectral_normalize(weights, us, vs, dims=dims)[0] for _ in range(2)]
+    found = [torch.autograd.grad(normalized, weights, grads) for normalized in outputs]
+    for a, b in zip(found, expected, strict=True):
+        assert_equal(a, b)
+
+
+def test_no_call_waits_for_the_device():
+    weights, us, vs, dims = device_layers()
+    grads = [torch.randn_like(w) for w in weights]
+    step(weights, us, vs, dims, grads)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(weights, us, vs, dims, grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_high_water_mark():
+    """A call needs its results and a workspace of a few MB; calls that follow need no more."""
+    shapes = [((512, 512, 3, 3), 0)] * 12
+    weights, us, vs, dims = device_layers(shapes)
+    grads = [torch.randn_like(w) for w in weights]
+    size = sum(w.nbytes for w in weights)
+    peaks = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(weights, us, vs, dims, grads)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert 2 * size <= peaks[0] <= 2 * size + (32 << 20)  # normalized weights and gradients
+    assert peaks[1] == peaks[2] <= peaks[0]
+
+
+def test_more_than_2_to_the_31_elements():
+    rows, columns = 2**18 + 3, 8200
+    needed = 3 * 2 * rows * columns
+    if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
+        pytest.skip(f"needs {needed >> 30} GiB of free memory on the device")
+    torch.use_deterministic_algorithms(False)  # do not poison gigabytes
+    weight = torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    with torch.no_grad():
+        weight[-1] = 2
+    u = torch.full((rows,), rows**-0.5, device="cuda", dtype=torch.bfloat16)
+    v = torch.full((columns,), columns**-0.5, device="cuda", dtype=torch.bfloat16)
+    (normalized,), sigmas = spectral_normalize([weight], [u], [v])
+    sigma = (columns * (rows + 3)) ** 0.5  # rank one
+    assert abs(sigmas.item() / sigma - 1) < 1e-4
+    assert abs(normalized[-1, -1].item() * sigma / 2 - 1) < 1e-2
+    (gradient,) = torch.autograd.grad(normalized[-1].sum(), weight)
+    expected = (1 - columns * 2 / sigma * u[-1].item() * v[-1].item()) / sigma
+    assert abs(gradient[-1, -1].item() - expected) < 2e-2 * abs(expected)
+
+
+def test_fused_module():
+    """A whole model on the device, against the same on the CPU."""
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            spectral_norm(torch.nn.Conv2d(3, 8, 3)), spectral_norm(torch.nn.Conv2d(8, 4, 3))
+        )
+
+    here, there = model(), model().cuda()
+    fuse(here)
+    fuse(there, backend="cuda")
+    torch.use_deterministic_algorithms(False)  # of the convolutions
+    for _ in range(2):
+        x = torch.randn(2, 3, 9, 9)
+        here(x).sum().backward()
+        there(x.cuda()).sum().backward()
+    close = {"rtol": 1e-3, "atol": 1e-4}  # convolutions may compute in TF32
+    for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
+        torch.testing.assert_close(b.cpu(), a, msg=name, **close)
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-2, atol=1e-2)
+
+
+# ---- Bad input
+
+
+def test_devices_must_be_equal():
+    weights, us, vs, dims = device_layers()
+    outputs, saved, sigmas = cuda.allocate(weights, dims)
+    n = len(dims)
+    before = clones([*us, *vs])
+    arguments = (outputs, saved, sigmas, dims, [1] * n, [1e-12] * n, [False] * n, True)
+    with pytest.raises(ValueError, match="v of layer 1 is on cpu, expected cuda:0"):
+        cuda.forward_(weights, us, [vs[0], vs[1].cpu(), *vs[2:]], *arguments)
+    with pytest.raises(ValueError, match="the weight of layer 0 is on cpu"):
+        cuda.forward_([weights[0].detach().cpu(), *weights[1:]], us, vs, *arguments)
+    assert_equal([*us, *vs], before)
+
+
+def test_unknown_schedule(monkeypatch):
+    weights, us, vs, dims = device_layers()
+    before = clones([*us, *vs])
+    monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", "random")
+    with pytest.raises(ValueError, match="is 'random', expected 'ticket' or 'phases'"):
+        spectral_normalize(weights, us, vs, dims=dims)
+    assert_equal([*us, *vs], before)
+
+
+def test_out_of_memory_leaves_vectors_as_they_were():
+    weights, us, vs, dims = device_layers([((2048, 2304), 0)] * 8)
+    arguments = [[1] * 8, [1e-12] * 8, [False] * 8, True]
+    results = cuda.allocate(weights, dims)
+    before = clones([*us, *vs])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)  # no room for the workspace
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            cuda.forward_(weights, us, vs, *results, dims, *arguments)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_equal([*us, *vs], before)
+    cuda.forward_(weights, us, vs, *results, dims, *arguments)
+    assert results[2].isfinite().all()
