@@ -57,14 +57,18 @@ def test_nothing_is_spilled(rows):
 
 
 def test_loads_are_wide_and_global(rows):
-    """Every vector of every row group is one instruction, in two layouts of memory."""
+    """Every vector of every row group is one instruction, in two layouts of memory.
+
+    Of float32 these are 42, of half types 37; four more scale the weights, and twelve are in the
+    backward.
+    """
     if rows[0]["global_loads"] == "":
         pytest.skip(
             "no cuobjdump and nvdisasm: not in the toolkit, triton or nvidia-cuda-cuobjdump"
         )
     for row in rows:
         assert row["generic_loads"] == "0", row
-        assert int(row["global_loads_128"]) >= (80 if row["kernel"] == "forward" else 10), row
+        assert int(row["global_loads_128"]) >= (78 if row["kernel"] == "forward" else 12), row
 
 
 def test_the_table_is_up_to_date(rows):
