@@ -45,7 +45,8 @@ ROOT = Path(__file__).resolve().parent
 # level at run time, so there is no -march here. Nor a -std: torch picks the one its headers need.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden"]
-CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0"
+CUDA_12_8_ARCHITECTURES = f"{CUDA_ARCHITECTURES};10.0;12.0"
 NEED_CUDA = {"csrc/ops_cuda.cpp", "csrc/cuda/launch.cpp"}  # the headers of a toolkit
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 
@@ -68,6 +69,12 @@ class CudaToolkit:
 
     home: Path
     version: str
+
+    def architectures(self) -> str:
+        """Return the GPU architectures that are compiled for, and an intermediate code for later ones."""
+        major, minor = (int(number) for number in self.version.split("."))
+        known = CUDA_12_8_ARCHITECTURES if (major, minor) >= (12, 8) else CUDA_ARCHITECTURES
+        return f"{known}+PTX"
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ def setup_arguments() -> dict[str, Any]:
     os.environ.setdefault("MAX_JOBS", str(_cores()))
     if decided.cuda is not None:
         os.environ["CUDA_HOME"] = str(decided.cuda.home)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", decided.cuda.architectures())
     import torch
     from torch.utils.cpp_extension import BuildExtension
 

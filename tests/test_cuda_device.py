@@ -9,7 +9,8 @@ import pytest
 import samples
 import torch
 from test_numeric import (  # noqa: F401  (run here with the backend of this file)
-    gradients,
+    DTYPES,
+    ORDERS,
     test_backward,
     test_backward_of_odd_gradients,
     test_eps_clamps_as_in_stock,
@@ -89,10 +90,9 @@ class Visiting:
         return [grad.cpu() for grad in grads]
 
 
-@pytest.fixture(params=SCHEDULES)
-def backend(request, monkeypatch):
+@pytest.fixture
+def backend(monkeypatch):
     """The name of the backend for the tests that are shared with others."""
-    monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", request.param)
     monkeypatch.setitem(backends._chosen, ("visiting", torch.device("cpu")), Visiting())
     return "visiting"
 
@@ -126,14 +126,23 @@ def test_auto_chooses_it():
     assert backends.select(None, torch.device("cuda")) is cuda
 
 
-def test_both_schedules_give_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_schedules_give_the_same_bits(dtype, order, layout, monkeypatch):
     results = []
     for schedule in SCHEDULES:
         monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", schedule)
         torch.manual_seed(0)
-        weights, us, vs, dims = device_layers(samples.SHAPES)
-        grads = [torch.randn_like(w) for w in weights]
-        results.append([*step(weights, us, vs, dims, grads), *us, *vs])
+        layers = samples.layers(dtype, layout, order=order, n_power_iterations=2)
+        weights = [Visiting.there(layer.weight).requires_grad_() for layer in layers]
+        us, vs = [layer.u.cuda() for layer in layers], [layer.v.cuda() for layer in layers]
+        normalized, sigmas = spectral_normalize(
+            weights, us, vs, dims=[layer.dim for layer in layers], n_power_iterations=2, order=order
+        )
+        grads = [torch.randn_like(y) for y in normalized]
+        results.append([*normalized, sigmas, *torch.autograd.grad(normalized, weights, grads)])
+        results[-1] += [*us, *vs]
     assert_equal(*results)
 
 

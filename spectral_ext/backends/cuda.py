@@ -19,7 +19,9 @@ def unavailable(device: torch.device | None) -> str | None:
         return f"it computes on CUDA tensors, not on {device.type}"
     if (reason := cpu.unavailable(None)) is not None:
         return reason
-    info = cpu._C.build_info()
+    from .._C import build_info  # there, or the CPU backend would not be
+
+    info = build_info()
     if info["cuda"] is None:
         return "it was not compiled: the build found no CUDA toolkit, or a torch without CUDA"
     if not torch.cuda.is_available():
