@@ -26,6 +26,7 @@ test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
 
 bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	$(BIN)/python bench/plot.py
 
 lint: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check
