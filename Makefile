@@ -29,6 +29,7 @@ test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
 
 bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	$(BIN)/python bench/plot.py
 
 gpu:  ## build, test and measure on the NVIDIA GPU here, in 8 minutes (DRY_RUN=1 without a GPU)
 	$(GPU_PYTHON) bench/gpu/run.py $(if $(DRY_RUN),--dry-run)

@@ -33,6 +33,8 @@ SHAPES = [
     ((600, 701), 1),
     ((520, 64, 3, 3), 0),
     ((64, 130, 5, 5), 1),
+    ((14, 2503), 0),
+    ((3, 2503), 0),
 ]
 LAYOUTS = ("contiguous", "channels_last", "reversed", "strided", "expanded", "offset")
 

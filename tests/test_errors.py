@@ -226,6 +226,85 @@ def test_backward_operator(case):
         cpu.backward(**{**backward_arguments(), **BACKWARD_CASES[case]})
 
 
+def attach_arguments():
+    weights = [torch.randn(4, 6, requires_grad=True), torch.randn(5, 3)]
+    return {
+        "weights": weights,
+        "outputs": [torch.randn(4, 6), torch.randn(5, 3)],
+        "saved": torch.randn(18),
+        "sigmas": torch.ones(2),
+        "dims": [0, 0],
+    }
+
+
+ATTACH_CASES = {
+    ("fewer outputs", "as many"): {"outputs": [OTHER]},
+    ("fewer dims", "as many"): {"dims": [0]},
+    ("shape of an output", "output of layer 1 has shape"): {
+        "outputs": [torch.randn(4, 6), torch.randn(3, 5)]
+    },
+    ("dim", "dim of layer 0"): {"dims": [2, 0]},
+    ("negative dim", "dim of layer 0"): {"dims": [-1, 0]},
+    ("no elements", "dim of layer 1"): {
+        "weights": [torch.randn(4, 6), torch.randn(0, 3)],
+        "outputs": [torch.randn(4, 6), torch.randn(0, 3)],
+    },
+    ("saved too short", "saved and sigmas"): {"saved": torch.randn(17)},
+    ("sigmas too long", "saved and sigmas"): {"sigmas": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("case", ATTACH_CASES, ids=lambda case: case[0])
+def test_attach_operator(case):
+    arguments = attach_arguments()
+    (first, second), sigmas = cpu.attach(**arguments)
+    assert first.requires_grad and sigmas.requires_grad and not second.requires_grad
+    assert torch.equal(first, arguments["outputs"][0])
+    with pytest.raises((ValueError, IndexError), match=case[1]):
+        cpu.attach(**{**attach_arguments(), **ATTACH_CASES[case]})
+
+
+def test_attached_to_what_does_not_fit_together():
+    """The backward looks at everything again: a dtype that the node was given wrongly is an error."""
+    arguments = {**attach_arguments(), "saved": torch.randn(18, dtype=torch.float64)}
+    (first, _), _ = cpu.attach(**arguments)
+    with pytest.raises(ValueError, match="saved must"):
+        first.sum().backward()
+
+
+_SETTINGS = ("n_power_iterations", "eps", "v_first")
+PREPARED_CASES = {
+    "fewer us": {"us": [torch.randn(4)]},
+    "fewer eps": {"eps": [1e-12]},
+    "eps": {"eps": [1e-12, -1.0]},
+    "iterations": {"n_power_iterations": [1, 0]},
+    "dim": {"dims": [0, 2]},
+    "u of another size": {"us": [torch.randn(4), torch.randn(4)]},
+    "u twice": {"us": [OTHER.reshape(-1)[:4], OTHER.reshape(-1)[:5]]},
+    "no layer": {key: [] for key in ("weights", "us", "vs", "dims", *_SETTINGS)},
+}
+
+
+@pytest.mark.parametrize("case", PREPARED_CASES)
+def test_prepared_call(case):
+    def arguments():
+        given = forward_arguments()
+        return {key: given[key] for key in given if key not in _OF_A_CALL}
+
+    right, wrong = arguments(), {**arguments(), **PREPARED_CASES[case]}
+    outputs, saved, sigmas = cpu.prepare(*right.values())(True, False)
+    assert [y.shape for y in outputs] == [w.shape for w in right["weights"]]
+    assert saved.shape == (18,) and sigmas.isfinite().all()
+    before = [v.clone() for v in (*wrong["us"], *wrong["vs"])]
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)):
+        cpu.prepare(*wrong.values())(True, False)
+    for vector, old in zip((*wrong["us"], *wrong["vs"]), before, strict=True):
+        assert torch.equal(vector, old)
+
+
+_OF_A_CALL = ("outputs", "saved", "sigmas", "update")
+
+
 def test_allocate_operator():
     with pytest.raises(ValueError, match="dims"):
         cpu.allocate([torch.randn(2, 3)], [0, 0])

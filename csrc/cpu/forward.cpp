@@ -188,13 +188,13 @@ class Forward {
 
   /// Divides a slice of the storage by σ; the first slice also writes σ and the vectors.
   void divide_slice(int64_t slice) {
-    const A sigma = this->sigma();
-    if (slice == 0) write_vectors(sigma);
+    const double sigma = this->sigma();
+    const bool is_zero = static_cast<A>(sigma) == 0;  // as the caller will see it
+    if (slice == 0) write_vectors(static_cast<A>(sigma));
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
     kernels_.divide(static_cast<const T*>(layer_.weight) + begin,
-                    static_cast<T*>(layer_.output) + begin, count, sigma == 0 ? A(1) : sigma,
-                    streaming_);
+                    static_cast<T*>(layer_.output) + begin, count, is_zero ? 1 : sigma, streaming_);
     if (streaming_) kernels_.fence();
   }
 
@@ -204,10 +204,10 @@ class Forward {
   /// ‖Mᵀu‖ or ‖Mv‖, whichever the last pass found: σ before eps.
   double last_norm() const { return layer_.v_first ? norm_of_blocks() : norm_of_chunks(); }
 
-  A sigma() const {
-    if (!update_) return static_cast<A>(sum(work_.block_sum, cut_.blocks));
+  double sigma() const {
+    if (!update_) return sum(work_.block_sum, cut_.blocks);
     const double n = last_norm();
-    return static_cast<A>(n * (n / std::max(n, layer_.eps)));
+    return n * (n / std::max(n, layer_.eps));
   }
 
   /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before
@@ -304,6 +304,7 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   place(memory.base, &workspaces);
 
   const bool streaming = 2 * bytes > kCacheBytes;
+  schedule.fill_waits(workers);
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const Layer& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

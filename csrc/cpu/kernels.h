@@ -31,8 +31,9 @@ struct Kernels {
   double (*combine)(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,
                     A divisor, A* y, int64_t n);
 
-  /// y = w / sigma, rounded as a division is. `streaming` writes past the caches.
-  void (*divide)(const T* w, T* y, int64_t n, A sigma, bool streaming);
+  /// y = w / sigma, in compute precision by a product with 1 / sigma. `streaming` writes past the
+  /// caches.
+  void (*divide)(const T* w, T* y, int64_t n, double sigma, bool streaming);
 
   /// Σ a · b.
   double (*dot)(const T* a, const T* b, int64_t n);

@@ -137,27 +137,84 @@ inline void accumulate_rows(const A* rows, int64_t columns, const A* t, A scale,
   }
 }
 
+/// t = rows · v of the next rows and s += Σ weight · row of the ones before, in one loop: while the
+/// next rows come from memory, the ones before are read again from the cache.
+template <class A, int kRows>
+inline void dot_and_accumulate_rows(const A* next, const A* rows, int64_t columns, const A* v, A* t,
+                                    const A* weight, A* s) {
+  constexpr int64_t n = kLanes<A>, kPiece = 1024;
+  double total[kRows] = {};
+  int64_t j = 0;
+  while (j + 2 * n <= columns) {
+    Vector<A> sum[kRows][2] = {};
+    const int64_t stop = std::min(columns, j + kPiece);
+    for (; j + 2 * n <= stop; j += 2 * n) {
+      for (int64_t k = 0; k < 2; ++k) {
+        const int64_t place = j + k * n;
+        const Vector<A> x = load(v + place);
+        Vector<A> y = load(s + place);
+        for (int r = 0; r < kRows; ++r) {
+          sum[r][k] += load(next + r * columns + place) * x;
+          y += weight[r] * load(rows + r * columns + place);
+        }
+        store(s + place, y);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      total[r] += static_cast<double>(lane_sum<A>(sum[r][0] + sum[r][1]));
+  }
+  A tail[kRows] = {};
+  for (; j < columns; ++j) {
+    for (int r = 0; r < kRows; ++r) {
+      tail[r] += next[r * columns + j] * v[j];
+      s[j] += weight[r] * rows[r * columns + j];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) t[r] = static_cast<A>(total[r] + static_cast<double>(tail[r]));
+}
+
+/// The scale for sums of t · row, if none is chosen yet (0).
+template <class A, int kRows>
+inline A choose_scale(const A* t, A scale) {
+  if (scale != 0) return scale;
+  A largest = 0;
+  for (int r = 0; r < kRows; ++r) largest = std::max(largest, std::fabs(t[r]));
+  if (!(largest > 0 && std::isfinite(largest))) return 0;
+  return std::ldexp(A(1),
+                    std::clamp(-std::ilogb(largest), -kMaxScaleExponent<A>, kMaxScaleExponent<A>));
+}
+
 template <class A, int kRows>
 inline A gram_rows(const A* rows, int64_t columns, const A* v, A* t, A* s, A scale) {
   if (v != nullptr) dot_rows<A, kRows>(rows, columns, v, t);
   if (s == nullptr) return scale;
-  if (scale == 0) {
-    A largest = 0;
-    for (int r = 0; r < kRows; ++r) largest = std::max(largest, std::fabs(t[r]));
-    if (largest > 0 && std::isfinite(largest)) {
-      scale = std::ldexp(
-          A(1), std::clamp(-std::ilogb(largest), -kMaxScaleExponent<A>, kMaxScaleExponent<A>));
-    }
-  }
+  scale = choose_scale<A, kRows>(t, scale);
   accumulate_rows<A, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s);
   return scale;
 }
 
 template <class A>
 A gram(const A* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A scale) {
+  constexpr int64_t kRows = 4, kFirstCache = 32 << 10;
+  const int64_t step = kRows * columns;
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) {
-    scale = gram_rows<A, 4>(rows + r * columns, columns, v, t + r, s, scale);
+  // Rows that the first cache holds are best read twice one after the other.
+  if (v != nullptr && s != nullptr && count >= kRows &&
+      step * static_cast<int64_t>(sizeof(A)) > kFirstCache) {
+    dot_rows<A, kRows>(rows, columns, v, t);
+    for (; r + 2 * kRows <= count; r += kRows) {
+      scale = choose_scale<A, kRows>(t + r, scale);
+      A weight[kRows];
+      for (int64_t k = 0; k < kRows; ++k) weight[k] = t[r + k] * (scale == 0 ? A(1) : scale);
+      dot_and_accumulate_rows<A, kRows>(rows + r * columns + step, rows + r * columns, columns, v,
+                                        t + r + kRows, weight, s);
+    }
+    scale = choose_scale<A, kRows>(t + r, scale);
+    accumulate_rows<A, kRows>(rows + r * columns, columns, t + r, scale == 0 ? A(1) : scale, s);
+    r += kRows;
+  }
+  for (; r + kRows <= count; r += kRows) {
+    scale = gram_rows<A, kRows>(rows + r * columns, columns, v, t + r, s, scale);
   }
   for (; r < count; ++r) {
     scale = gram_rows<A, 1>(rows + r * columns, columns, v, t + r, s, scale);
@@ -188,41 +245,38 @@ inline void for_vectors(const A* out, int64_t n, Body body, Tail tail) {
   const auto misaligned = reinterpret_cast<uintptr_t>(out) % SPECTRAL_EXT_VECTOR_BYTES / sizeof(A);
   const int64_t head = misaligned == 0 ? 0 : kLanes<A> - static_cast<int64_t>(misaligned);
   for (; i < std::min(head, n); ++i) tail(i);
+  for (; i + 4 * kLanes<A> <= n; i += 4 * kLanes<A>) {
+    for (int64_t k = 0; k < 4; ++k) body(i + k * kLanes<A>);
+  }
   for (; i + kLanes<A> <= n; i += kLanes<A>) body(i);
   for (; i < n; ++i) tail(i);
 }
 
-template <class A>
-void divide_full(const A* w, A* y, int64_t n, A sigma, bool streaming) {
-#if defined(SPECTRAL_EXT_FMA)
-  // q = w · (1/σ), then one step with the exact remainder: the quotient rounded correctly, at the
-  // speed of multiplication. Far out, where a step could overflow, divide.
-  const A magnitude = std::fabs(sigma);
-  if (magnitude > A(0x1p-60) && magnitude < A(0x1p60)) {
-    const A inverse = 1 / sigma;
-    const auto quotient = [=](auto x) {
-      const auto q = x * inverse;
-      return q + (x - q * sigma) * inverse;
-    };
-    const auto tail = [=](int64_t i) { y[i] = w[i] / sigma; };
+/// Writes f(to_compute(x)) for every x, where f takes numbers and vectors.
+template <class T, class F>
+void map(const T* x, T* y, int64_t n, bool streaming, F f) {
+  if constexpr (sizeof(T) >= 4) {
+    const auto tail = [=](int64_t i) { y[i] = f(x[i]); };
     if (streaming) {
-      for_vectors(y, n, [=](int64_t i) { stream(y + i, quotient(load(w + i))); }, tail);
+      for_vectors(y, n, [=](int64_t i) { stream(y + i, f(load(x + i))); }, tail);
     } else {
-      for_vectors(y, n, [=](int64_t i) { store(y + i, quotient(load(w + i))); }, tail);
+      for_vectors(y, n, [=](int64_t i) { store(y + i, f(load(x + i))); }, tail);
     }
-    return;
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = from_compute<T>(f(to_compute(x[i])));
   }
-#endif
-  (void)streaming;
-  for (int64_t i = 0; i < n; ++i) y[i] = w[i] / sigma;
 }
 
 template <class T>
-void divide(const T* w, T* y, int64_t n, compute_t<T> sigma, bool streaming) {
-  if constexpr (sizeof(T) >= 4) {
-    divide_full(w, y, n, sigma, streaming);
+void divide(const T* w, T* y, int64_t n, double sigma, bool streaming) {
+  using A = compute_t<T>;
+  // 1/σ of the unrounded σ: two roundings in all, as many as a division by the rounded σ has.
+  const A inverse = static_cast<A>(1 / sigma);
+  if (std::isnormal(inverse)) {
+    map(w, y, n, streaming, [=](auto x) { return x * inverse; });
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = from_compute<T>(to_compute(w[i]) / sigma);
+    const A divisor = static_cast<A>(sigma);
+    map(w, y, n, streaming, [=](auto x) { return x / divisor; });
   }
 }
 

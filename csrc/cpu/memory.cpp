@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-/// Keeps released blocks for the next call, but never holds more in all than was in use at one
+/// Keeps released blocks for the next call, but never holds much more in all than was in use at one
 /// time.
 class Pool {
  public:
@@ -38,7 +38,9 @@ class Pool {
     used_.emplace(block, bytes);
     used_bytes_ += bytes;
     if (used_bytes_ > peak_bytes_) peak_bytes_ = used_bytes_;
-    while (used_bytes_ + unused_bytes_ > peak_bytes_) drop_largest();
+    // An eighth more: a forward and a backward have workspaces of different sizes, and to drop a
+    // block for one of them would cost the other a fresh one, in every step.
+    while (used_bytes_ + unused_bytes_ > peak_bytes_ + peak_bytes_ / 8) drop_largest();
     return block;
   }
 

@@ -1,14 +1,37 @@
 #include "schedule.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace spectral_ext::cpu {
+
+void Schedule::fill_waits(int count) {
+  std::vector<Item> order;
+  order.reserve(items_.size());
+  std::vector<bool> taken(items_.size());
+  size_t next = 0;  // items before this one are taken or wait for others
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (taken[i]) continue;
+    next = std::max(next, i);
+    const bool begins_to_wait =
+        items_[i].required > 0 && items_[i].required != items_[i - 1].required;
+    for (int filled = 0; begins_to_wait && filled < count; ++filled) {
+      while (next < items_.size() && (taken[next] || items_[next].required > 0)) ++next;
+      if (next == items_.size()) break;
+      taken[next] = true;
+      order.push_back(items_[next]);
+    }
+    order.push_back(items_[i]);
+  }
+  items_ = std::move(order);
+}
 
 namespace {
 

@@ -46,7 +46,9 @@ class Schedule {
     }
   }
 
-  const std::vector<Item>& items() const { return items_; }
+  /// Moves up to `count` items that wait for nothing ahead of each stage that waits for another, so
+  /// that threads have work while the last items of the stage before are finished.
+  void fill_waits(int count);
 
   /// Calls f(begin, end) on parts of [0, n), in parallel if it can.
   using ParallelFor = void (*)(int64_t n, void (*f)(int64_t begin, int64_t end, void* context),

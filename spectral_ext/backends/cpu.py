@@ -39,7 +39,7 @@ def prepare(
 def empty_cache() -> int:
     """Return to the system the memory that the CPU backend keeps for outputs of later calls.
 
-    It never holds more than was once in use; tensors that still exist are not touched.
+    It never holds more than an eighth above what was once in use; tensors that still exist are not touched.
 
     Returns:
         The bytes that were given back; 0 without the native library.

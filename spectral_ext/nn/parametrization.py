@@ -1,5 +1,6 @@
 """Spectral normalization of one tensor of a module, as a drop-in for stock's parametrization."""
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -168,6 +169,14 @@ class SpectralNorm(StockSpectralNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
         return {k: v for k, v in self.__dict__.items() if k not in IN_GROUP}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch.compile cannot trace the import of a backend; from now on there is none.
+        with contextlib.suppress(ValueError, RuntimeError):  # the first forward raises it
+            for vector in self._buffers.values():
+                if vector is not None:
+                    check_backend(self.backend, vector)
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the defaults."""

@@ -1,5 +1,8 @@
 """torch.compile of fused models: one graph, the numbers of the uncompiled model."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -7,6 +10,7 @@ from nets import OURS, STOCK, assert_close, assert_same_state, inputs, make
 from torch import nn
 
 import spectral_ext
+from spectral_ext import backends
 from spectral_ext.nn.active import active
 
 
@@ -138,3 +142,24 @@ def test_tied_weights(backend):
         assert_close(compiled(x), eager(x))
     for a, b in zip(net.state_dict().values(), eager.state_dict().values(), strict=True):
         assert_close(a, b)
+
+
+def test_an_unpickled_layer_is_compiled_at_once(backend, monkeypatch):
+    """In a process that has chosen no backend yet: the choice imports, which cannot be traced."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            return x @ self.linear.weight.T
+
+    net = Layer()
+    spectral_ext.spectral_norm(net.linear, backend=backend)
+    expected = copy.deepcopy(net)
+    saved = pickle.dumps(net.linear)
+    monkeypatch.setattr(backends, "_chosen", {})
+    net.linear = pickle.loads(saved)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected(x))
