@@ -66,7 +66,7 @@ struct Warp {
 struct Block;
 
 struct Thread {
-  std::unique_ptr<Fiber> fiber;
+  Fiber* fiber;  // lives as long as the process
   Block* block;
   unsigned index;
   bool done = false, spins = false;
@@ -120,9 +120,9 @@ EMULATOR_UNSEEN inline void arrive(Barrier& barrier) {
 EMULATOR_UNSEEN inline void run_thread() {
   Fiber::begin();
   for (;;) {
-    synchronize(&kernel, false);  // after all that came before the launch
+    synchronize(current->block, false);  // after what came before the launch
     kernel();
-    synchronize(&grid_size, true);  // before all that comes after it
+    synchronize(&grid_size, true);  // before what comes after it
     progressed = current->done = true;
     --current->block->alive;
     yield();
@@ -139,8 +139,7 @@ EMULATOR_UNSEEN inline std::unique_ptr<Block> make_block(int threads, size_t sha
   block->shared.resize(shared_bytes / 16);
   block->threads.reserve(threads);
   for (int i = 0; i < threads; ++i) {
-    block->threads.push_back(
-        {std::make_unique<Fiber>(run_thread), block.get(), static_cast<unsigned>(i)});
+    block->threads.push_back({new Fiber(run_thread), block.get(), static_cast<unsigned>(i)});
   }
   return block;
 }
@@ -150,6 +149,7 @@ EMULATOR_UNSEEN inline void begin(Block& block, unsigned index) {
   block.alive = block.barrier.size;
   std::fill(block.shared.begin(), block.shared.end(), uint4{~0u, ~0u, ~0u, ~0u});
   for (Thread& thread : block.threads) thread.done = false;
+  synchronize(&block, true);
 }
 
 /// Runs the threads of a warp until all of them wait for others, or for `passes`.
@@ -200,7 +200,6 @@ EMULATOR_UNSEEN inline void launch(unsigned grid, int threads, size_t shared_byt
   static std::vector<std::unique_ptr<Block>> idle;  // to be used again: making fibers takes long
   kernel = std::move(body);
   grid_size = grid;
-  synchronize(&kernel, true);
   std::mt19937_64 random(seed);
   const auto any = [&](unsigned count) -> unsigned { return seed == 0 ? 0 : random() % count; };
   std::vector<std::unique_ptr<Block>> live;

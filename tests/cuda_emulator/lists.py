@@ -13,11 +13,15 @@ ALL = [
     ((1, 128), 0, "contiguous"),
     ((37, 1), 0, "contiguous"),
     ((300, 20), 0, "contiguous"),
+    ((21, 300), 0, "contiguous"),
     ((64, 384), 0, "contiguous"),
+    ((13, 600), 0, "contiguous"),
     ((40, 1152), 0, "contiguous"),
     ((17, 2304), 0, "contiguous"),
     ((9, 4608), 0, "contiguous"),
     ((5, 9216), 0, "contiguous"),
+    ((4, 6001), 0, "contiguous"),
+    ((3, 11000), 0, "contiguous"),
     ((3, 13829), 0, "contiguous"),
     ((2, 15013), 0, "contiguous"),
     ((3, 20, 5), 1, "contiguous"),
@@ -37,7 +41,7 @@ TINY = [
     ((4, 5, 8), 1, "contiguous"),
     ((9, 4, 2, 2), 0, "channels_last"),
     ((5, 12), 0, "offset"),
-    ((2, 2600), 0, "contiguous"),
+    ((9, 1201), 0, "contiguous"),
 ]
 
 

@@ -1,5 +1,7 @@
 """The CUDA kernels, emulated, against float64: tests of every backend, and some of their own."""
 
+import math
+
 import lists
 import pytest
 import samples
@@ -25,6 +27,14 @@ from test_numeric import (  # noqa: F401  tests of every backend are collected h
 )
 
 MAX_LAYERS = 120  # kMaxLayers of csrc/cuda/tables.h
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_list_has_rows_of_every_width(dtype):
+    native = pytest.importorskip("spectral_ext._C")
+    shapes = [(1, shape[0], math.prod(shape[1:])) for shape, _, _ in lists.ALL]
+    groups = {layer["row_group"] for layer in native.plan_forward(shapes, dtype)["layers"]}
+    assert groups == {-1, *range(8)}  # kWide and kRowGroups of csrc/cuda/tables.h
 
 
 @pytest.mark.parametrize("n_power_iterations", [1, 2, 3, None], ids=["1", "2", "3", "eval"])

@@ -1,0 +1,232 @@
+"""Mistakes planted in a copy of the device code, each of which the emulator must notice.
+
+A check that cannot fail is no check: these show which mistakes the other tests here would not let
+pass, and by which sign.
+"""
+
+import shutil
+from typing import NamedTuple
+
+import emulator
+import lists
+import pytest
+import samples
+import torch
+from test_numeric import check_backward, check_forward
+
+NUMBERS = r"error .*, allowed"
+BITS = r"other bits under Schedule"
+WRONG = f"({NUMBERS})|({BITS})"  # whichever run is wrong: it depends on who runs first
+OUTSIDE = r"wrote beyond its results"
+ALIGNMENT = r"misaligned address"
+RACE = r"ThreadSanitizer: data race"
+OVERFLOW = r"AddressSanitizer: "
+
+
+class Bug(NamedTuple):
+    """A mistake: ``old`` text of a file in csrc/cuda that becomes ``new``, and the sign it gives."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    sign: str
+    variant: str = "plain"
+
+
+FLAGS = ["-O0", "-DEMULATOR_FLOAT32_ONLY"]  # what compiles fastest
+
+BUGS = [
+    Bug(
+        "missing barrier in a sum over the CTA",
+        "device.cuh",
+        "  __syncthreads();\n  double total = 0;",
+        "  double total = 0;",
+        WRONG,
+    ),
+    Bug(
+        "missing barrier before the shared sums of groups are used again",
+        "rows.cuh",
+        "turn ^= 1;",
+        "",
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "missing barrier of a warp before it reads what it has staged",
+        "layer.cuh",
+        "__syncwarp();\n      x[k] =",
+        "x[k] =",
+        WRONG,
+    ),
+    Bug(
+        "missing barrier between a piece and its signal",
+        "schedule.cuh",
+        "__syncthreads();  // all of the piece",
+        "// all of the piece",
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "missing barrier behind the load of v",
+        "rows.cuh",
+        "    }\n  }\n  __syncthreads();\n}",
+        "    }\n  }\n}",
+        WRONG,
+    ),
+    Bug(
+        "missing wait",
+        "schedule.cuh",
+        "while (load_acquire(finished) < piece.required)",
+        "while (load_acquire(finished) < 0)",
+        WRONG,
+    ),
+    Bug(
+        "wait for one piece too few",
+        "plan.cpp",
+        "piece.required = finished_[piece.layer];",
+        "piece.required = std::max(0, finished_[piece.layer] - 1);",
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "wait for one piece too many",
+        "plan.cpp",
+        "piece.required = finished_[piece.layer];",
+        "piece.required = finished_[piece.layer] + 1;",
+        r"deadlock \(seed \d+\)\n(.*\n)*CTA \d+ waits to do rows \[0, \d+\) of layer 0, piece 0: "
+        r"0 of the 1 pieces before it are finished",
+    ),
+    Bug(
+        "missing signal",
+        "schedule.cuh",
+        "if (progress.finished != nullptr && thread_index() == 0)",
+        "if (progress.finished != nullptr && thread_index() == 0 && piece.kind != Kind::kColumns)",
+        r"deadlock \(seed \d+\)\n(.*\n)*CTA \d+ waits to do (rows|vectors|scale) \[\d+, \d+\) of "
+        r"layer \d, piece \d+: \d+ of the \d+ pieces before it are finished",
+    ),
+    Bug(
+        "signal that releases nothing",
+        "device.cuh",
+        '#define SPECTRAL_EXT_ADD_ORDER "release"',
+        '#define SPECTRAL_EXT_ADD_ORDER "relaxed"',
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "wait that acquires nothing",
+        "device.cuh",
+        '#define SPECTRAL_EXT_LOAD_ORDER "acquire"',
+        '#define SPECTRAL_EXT_LOAD_ORDER "relaxed"',
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "rows one too far",
+        "rows.cuh",
+        "if (row < count) {\n        rows.template load",
+        "if (row <= count) {\n        rows.template load",
+        NUMBERS,
+    ),
+    Bug(
+        "rows one too far, beyond the weight",
+        "rows.cuh",
+        "if (row < count) {\n        rows.template load",
+        "if (row <= count) {\n        rows.template load",
+        OVERFLOW,
+        "address",
+    ),
+    Bug(
+        "elements one too far",
+        "scale.cuh",
+        "for (; i < piece.end; i += kThreads) store(y + i",
+        "for (; i <= piece.end; i += kThreads) store(y + i",
+        OUTSIDE,
+    ),
+    Bug(
+        "columns one too few",
+        "rows.cuh",
+        "k * kWidth + c < columns; c += kThreads",
+        "k * kWidth + c < columns - 1; c += kThreads",
+        NUMBERS,
+    ),
+    Bug(
+        "unaligned vectors in the forward",
+        "layer.cuh",
+        "vectors(shape.inner % Vector<T>::kLanes == 0 && is_aligned(layer.weight))",
+        "vectors(shape.inner % Vector<T>::kLanes == 0)",
+        ALIGNMENT,
+        "alignment",
+    ),
+    Bug(
+        "unaligned vectors in the backward",
+        "backward.cuh",
+        "is_aligned(out) && (g == nullptr || is_aligned(g))",
+        "is_aligned(out)",
+        ALIGNMENT,
+        "alignment",
+    ),
+    Bug(
+        "uninitialised partial sums",
+        "schedule.cuh",
+        "if (thread_index() == 0) layer.block_sums()",
+        "if (thread_index() == 0 && piece.index > 0) layer.block_sums()",
+        NUMBERS,
+    ),
+    Bug(
+        "order of a sum that depends on the CTA",
+        "rows.cuh",
+        "sum += shared[g * kWidth + c];",
+        "sum += shared[(g + blockIdx.x) % kGroups * kWidth + c];",
+        BITS,
+    ),
+    Bug(
+        "v of the first iteration in the second",
+        "rows.cuh",
+        "} else if (initial) {",
+        "} else if (initial || layer.table.update) {",
+        NUMBERS,
+    ),
+    Bug(
+        "v in the wrong order",
+        "backward.cuh",
+        "shape.column_order.count > 0 ? layer.ordered_v : layer.v",
+        "layer.v",
+        NUMBERS,
+    ),
+]
+
+
+def check_all(emulate, variant, command):
+    """Run forward and backward of tiny layers in every way that the bugs above need."""
+    emulated = emulate(command)
+    emulated.tickets = 4
+    if variant == "thread":
+        emulated.schedules = emulator.ALL_RESIDENT
+    layers = lists.layers(lists.TINY, n_power_iterations=2)
+    for layer in layers[::2]:
+        layer.order = "v_first"
+    check_forward(layers, True, "emulated")
+    layers = lists.layers(lists.TINY)
+    grads = [
+        samples.in_layout(torch.randn(shape), "contiguous" if layout == "offset" else "offset")
+        for shape, _, layout in lists.TINY
+    ]
+    check_backward(layers, grads, False, "emulated")
+
+
+@pytest.mark.parametrize("variant", emulator.FLAGS)
+def test_without_a_bug(programs, emulate, variant):
+    check_all(emulate, variant, emulator.build(programs, variant, flags=FLAGS))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "_"))
+def test_bug_is_noticed(programs, tmp_path, emulate, bug):
+    shutil.copytree(emulator.ROOT / "csrc", tmp_path / "csrc")
+    file = tmp_path / "csrc/cuda" / bug.file
+    code = file.read_text()
+    assert code.count(bug.old) == 1, f"{bug.file} has changed; plant the bug anew"
+    file.write_text(code.replace(bug.old, bug.new))
+    command = emulator.build(tmp_path, bug.variant, tmp_path / "csrc", FLAGS)
+    with pytest.raises(AssertionError, match=bug.sign):
+        check_all(emulate, bug.variant, command)
