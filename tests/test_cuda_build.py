@@ -140,6 +140,20 @@ def test_the_command_line_says_what_was_compiled(library):
     assert re.search(r"  cuda +(available|no: )", output)
 
 
+def test_without_cuda_no_file_that_needs_it_is_compiled():
+    files = build_config.extension(build_config.Plan("c++", "", None, "none is wanted")).sources
+    assert "csrc/ops.cpp" in files and "csrc/cuda/plan.cpp" in files
+    for file in files:
+        assert not file.endswith(".cu")
+        assert not re.search(r"#include <(cuda|c10/cuda)", (ROOT / file).read_text())
+
+
+@pytest.mark.parametrize(("version", "newest"), [("12.6", "9.0+PTX"), ("13.0", "12.0+PTX")])
+def test_architectures_are_those_that_the_toolkit_knows(version, newest):
+    architectures = build_config.CudaToolkit(Path("/nowhere"), version).architectures().split(";")
+    assert architectures[0] == "7.5" and architectures[-1] == newest
+
+
 # ---- Which devices it runs on
 
 
