@@ -5,23 +5,20 @@
 // - CTAs of which only some are resident, in any order and at any speed relative to each other, and
 //   the same for the warps of a CTA. A seed chooses; a thread runs until it waits for others, so
 //   one that should have waited runs ahead of them as far as it can.
-// - __syncthreads, full-warp shuffles, and the signals between CTAs. If nobody can go on, it prints
-//   who waits for what, and the seed, and aborts.
-// - Shared memory that begins as garbage (NaN), for each CTA that takes a place on a processor
-// anew.
+// - __syncthreads, __syncwarp, full-warp shuffles, and the signals between CTAs. If nobody can go
+//   on, it prints who waits for what, and the seed, and aborts.
+// - Shared memory that begins as garbage (NaN) for each CTA.
 // - Under ThreadSanitizer, which orders of memory accesses CUDA guarantees: those that follow from
-//   __syncthreads, and from a release that an acquire has seen. Everything else is a race, whether
-//   it went wrong in this run or not. A shuffle orders nothing, as in CUDA. CTAs that take one
-//   place one after the other count as ordered, so races are sought with all CTAs resident.
+//   a barrier, and from a release that an acquire has seen. Everything else is a race, whether it
+//   went wrong in this run or not. A shuffle orders nothing, as in CUDA. CTAs that run in the same
+//   fibers, one after the other, count as ordered, so races are sought with all CTAs resident.
 //
 // What it cannot:
-// - Memory is sequentially consistent: without ThreadSanitizer a wrong release or acquire changes
-// no
-//   number.
-// - The inline assembly, the intrinsics and the arithmetic of the device (fused multiply-add, for
-//   one) are not here. Which thread gets to which __syncthreads is not compared, only how many do.
-// - Warps are not in lockstep, as since Volta. There are no caches, no time, and no limits of
-//   registers.
+// - Memory is sequentially consistent. Without ThreadSanitizer a wrong release or acquire changes
+//   no number.
+// - Inline assembly, intrinsics and the arithmetic of the device (fused multiply-add, for one) are
+//   not here. Barriers count how many threads came, and do not see that they came by two ways.
+// - Warps are not in lockstep, as since Volta. There are no caches, no time, no limit of registers.
 #pragma once
 
 #include <algorithm>
@@ -114,6 +111,15 @@ EMULATOR_UNSEEN inline void arrive(Barrier& barrier) {
   current->barrier = &barrier;
   yield();
   current->barrier = nullptr;
+}
+
+/// As arrive, and what was written before is seen after it.
+EMULATOR_UNSEEN inline void arrive_in_order(Barrier& barrier) {
+  // In turns, because who has gone on to the next one is not ordered before who has not.
+  int64_t* const address = &barrier.ordered[barrier.generation & 1];
+  synchronize(address, true);
+  arrive(barrier);
+  synchronize(address, false);
 }
 
 /// The life of a fiber: a CUDA thread in each launch that uses it.
@@ -262,21 +268,11 @@ static const emulator::Index<emulator::block_index> blockIdx{};
 static const emulator::Index<emulator::grid_dim> gridDim{};
 
 EMULATOR_UNSEEN inline void __syncthreads() {
-  emulator::Barrier& barrier = emulator::current->block->barrier;
-  // In turns, because who has gone on to the next one is not ordered before who has not.
-  int64_t* const address = &barrier.ordered[barrier.generation & 1];
-  emulator::synchronize(address, true);
-  emulator::arrive(barrier);
-  emulator::synchronize(address, false);
+  emulator::arrive_in_order(emulator::current->block->barrier);
 }
 
 EMULATOR_UNSEEN inline void __syncwarp() {
-  emulator::Barrier& barrier =
-      emulator::current->block->warps[emulator::current->index / 32].barrier;
-  int64_t* const address = &barrier.ordered[barrier.generation & 1];
-  emulator::synchronize(address, true);
-  emulator::arrive(barrier);
-  emulator::synchronize(address, false);
+  emulator::arrive_in_order(emulator::current->block->warps[emulator::current->index / 32].barrier);
 }
 
 template <class A>
@@ -317,8 +313,6 @@ inline float __half2float(Float16 x) { return static_cast<float>(x.value); }
 inline Float16 __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 
 using std::fabs;
-using std::ilogb;
-using std::ldexp;
 using std::sqrt;
 
 }  // namespace spectral_ext::cuda

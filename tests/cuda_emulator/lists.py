@@ -46,12 +46,20 @@ TINY = [
 
 
 def layers(
-    kinds=tuple(ALL), dtype: torch.dtype = torch.float32, stride: int = 1, **settings
+    kinds=tuple(ALL),
+    dtype: torch.dtype = torch.float32,
+    stride: int = 1,
+    order: str | None = None,
+    **settings,
 ) -> list[Layer]:
-    """Return a layer of each kind, with vectors whose elements are ``stride`` apart."""
+    """Return a layer of each kind, with vectors whose elements are ``stride`` apart.
+
+    Without an order the layers take turns.
+    """
     result = []
-    for shape, dim, layout in kinds:
-        layer = samples.layer(shape, dim, dtype, layout, **settings)
+    for i, (shape, dim, layout) in enumerate(kinds):
+        of_layer = order or ("u_first", "v_first")[i % 2]
+        layer = samples.layer(shape, dim, dtype, layout, order=of_layer, **settings)
         layer.u, layer.v = strided(layer.u, stride), strided(layer.v, stride)
         result.append(layer)
     return result
