@@ -139,7 +139,7 @@ def test_sigma_whose_reciprocal_is_not_normal(backend, dtype, sigma):
     one = torch.ones(1, dtype=dtype)
     weight = torch.tensor([[sigma]], dtype=dtype)
     (normalized,), sigmas = spectral_normalize(
-        [weight], [one], [one], update=False, backend=backend
+        [weight], [one], [one.clone()], update=False, backend=backend
     )
     assert normalized.item() == 1 and sigmas.item() == weight.item()
 
