@@ -123,6 +123,25 @@ def test_extreme_scales(dtype, exponent, zero_rows):
     assert stock.error(scaled.v, truth.v) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sigma"),
+    [
+        (torch.float32, 1e-39),
+        (torch.float32, 3e38),
+        (torch.float64, 2e-309),
+        (torch.bfloat16, 3e38),
+    ],
+    ids=str,
+)
+def test_sigma_whose_reciprocal_is_not_normal(backend, dtype, sigma):
+    one = torch.ones(1, dtype=dtype)
+    weight = torch.tensor([[sigma]], dtype=dtype)
+    (normalized,), sigmas = spectral_normalize(
+        [weight], [one], [one.clone()], update=False, backend=backend
+    )
+    assert normalized.item() == 1 and sigmas.item() == weight.item()
+
+
 @pytest.mark.parametrize("eps", [1e-12, 0.5, 1e3])
 @pytest.mark.parametrize("order", ORDERS)
 def test_eps_clamps_as_in_stock(backend, order, eps):
