@@ -23,7 +23,9 @@ def unavailable(device: torch.device | None) -> str | None:
 
     info = build_info()
     if info["cuda"] is None:
-        return "it was not compiled: there was no toolkit, a torch without CUDA, or SKIP_CUDA was set"
+        return (
+            "it was not compiled: there was no toolkit, a torch without CUDA, or SKIP_CUDA was set"
+        )
     if not torch.cuda.is_available():
         return "there is no CUDA device, or no driver for it"
     devices = range(torch.cuda.device_count()) if device is None else [device]
