@@ -172,7 +172,8 @@ def test_metadata(pure_wheel):
     about = metadata(pure_wheel, "METADATA")
     assert about["Name"] == "spectral-ext"
     assert about["Version"] == spectral_ext.__version__
-    assert about["License-Expression"] == "Apache-2.0"
+    assert "License :: OSI Approved :: Apache Software License" in about.get_all("Classifier")
+    assert about["License-File"] == "LICENSE"
     assert about["Requires-Python"] == ">=3.10"
     required = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.11"]
