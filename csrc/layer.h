@@ -25,6 +25,18 @@ constexpr int64_t element_size(DType dtype) {
 /// The size of the type that sums and saved vectors have: double for double weights, else float.
 constexpr int64_t compute_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
+/// That type, for elements of type T.
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename ComputeType<T>::type;
+
 /// The dimensions of the columns in storage order, outermost first, with their strides in v.
 /// count 0 means that both orders are the same.
 struct ColumnOrder {

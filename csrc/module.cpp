@@ -93,18 +93,6 @@ const char* name_of(cuda::Kind kind) {
   return "";
 }
 
-/// The places of layers whose vectors are saved one after the other.
-cuda::Places places_of(const std::vector<Shape>& shapes) {
-  cuda::Places places;
-  int64_t saved = 0;
-  for (const Shape& shape : shapes) {
-    places.sigma.push_back(static_cast<int32_t>(places.sigma.size()));
-    places.saved.push_back(saved);
-    saved += shape.rows + shape.columns();
-  }
-  return places;
-}
-
 py::dict describe(const cuda::Plan& plan) {
   py::list layers, pieces;
   for (const cuda::LayerTable& table : plan.layers) {
@@ -150,7 +138,8 @@ py::dict plan_forward(const std::vector<ShapeTuple>& shapes, const std::string& 
     layers.push_back({shape, element_type(dtype), v_first, n_power_iterations, 1e-12, nullptr,
                       nullptr, nullptr, nullptr, 1, 1, nullptr, nullptr, nullptr});
   }
-  return describe(cuda::plan_forward(layers, places_of(described), update, {tickets, max_columns}));
+  return describe(cuda::plan_forward(layers, cuda::consecutive_places(described), update,
+                                     {tickets, max_columns}));
 }
 
 py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string& dtype,
@@ -161,7 +150,8 @@ py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string&
     layers.push_back({shape, element_type(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
                       nullptr, nullptr});
   }
-  return describe(cuda::plan_backward(layers, places_of(described), {tickets, 1 << 30}));
+  return describe(
+      cuda::plan_backward(layers, cuda::consecutive_places(described), {tickets, 1 << 30}));
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// bfloat16 and IEEE half as storage types, and the type that each weight type is computed in.
+// bfloat16 and IEEE half as storage types, and their conversions.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "../layer.h"
 
 namespace spectral_ext::cpu {
 
@@ -14,18 +16,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-/// The type that sums over elements of T are made in.
-template <class T>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <class T>
-using compute_t = typename ComputeType<T>::type;
 
 // Conversions round to nearest even. They have no branches, so that compilers vectorize them.
 

@@ -70,17 +70,6 @@ __device__ __forceinline__ void* shared_memory() {
 }
 #endif
 
-template <class T>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <class T>
-using compute_t = typename ComputeType<T>::type;
-
 __device__ __forceinline__ float to_compute(float x) { return x; }
 __device__ __forceinline__ double to_compute(double x) { return x; }
 __device__ __forceinline__ float to_compute(BFloat16 x) { return __bfloat162float(x); }

@@ -243,16 +243,12 @@ const Launches& prepare_forward(const std::vector<Layer>& layers, bool update, i
                            layer.u_stride, layer.v_stride});
   }
   return cached(key, [&] {
-    Places places;
-    int64_t saved = 0;
-    for (const Layer& layer : layers) {
-      places.sigma.push_back(static_cast<int32_t>(places.sigma.size()));
-      places.saved.push_back(saved);
-      saved += layer.shape.rows + layer.shape.columns();
-    }
-    return prepare(layers, places, device, [&](const auto& picked, const Places& picked_places) {
-      return plan_forward(picked, picked_places, update);
-    });
+    std::vector<Shape> shapes;
+    for (const Layer& layer : layers) shapes.push_back(layer.shape);
+    return prepare(layers, consecutive_places(shapes), device,
+                   [&](const auto& picked, const Places& picked_places) {
+                     return plan_forward(picked, picked_places, update);
+                   });
   });
 }
 

@@ -225,6 +225,17 @@ void place_workspace(LayerTable& table, int64_t size, Workspace& workspace) {
 
 }  // namespace
 
+Places consecutive_places(const std::vector<Shape>& shapes) {
+  Places places;
+  int64_t saved = 0;
+  for (const Shape& shape : shapes) {
+    places.sigma.push_back(static_cast<int32_t>(places.sigma.size()));
+    places.saved.push_back(saved);
+    saved += shape.rows + shape.columns();
+  }
+  return places;
+}
+
 Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool update,
                   const PlanOptions& options) {
   const auto count = static_cast<int32_t>(layers.size());

@@ -31,6 +31,9 @@ struct Places {
   std::vector<int32_t> sigma;
 };
 
+/// The places of layers whose u, v and σ lie one after the other.
+Places consecutive_places(const std::vector<Shape>& shapes);
+
 /// `layers`, at most kMaxLayers, share a dtype. Pointers are not looked at.
 Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool update,
                   const PlanOptions& options = {});
