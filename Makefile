@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE))
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/cuda_*/*))
 
 # What `make gpu` runs: a Python that has torch with CUDA and pytest.
 GPU_PYTHON ?= python3
