@@ -2,7 +2,7 @@
 
     python bench/plot.py [--results CSV] [--output PNG]
 
-The rows must be of one machine; where several commits measured a case the table has the last one.
+Shown are the rows with the processor, the torch and the threads of the last one.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     median = {
         (row["model"], row["mode"], row["provider"]): float(row["median_ms"])
         for row in rows
-        if row["cpu"] == machine["cpu"] and row["torch"] == machine["torch"]
+        if all(row[name] == machine[name] for name in ("cpu", "torch", "threads"))
     }
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for panel, mode in zip(panels, ("forward", "forward+backward"), strict=True):
