@@ -8,17 +8,17 @@ from test_numeric import DTYPES, ORDERS, check_backward, check_forward
 
 
 @st.composite
-def layer_lists(draw):
-    """Lists of layers of mixed shapes, dims, dtypes, orders and settings."""
+def layer_lists(draw, dtypes=DTYPES, max_size=6):
+    """Lists of layers of mixed shapes, dims, dtypes, layouts, orders and settings."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     result = []
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.integers(1, max_size))):
         shape = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
         result.append(
             samples.layer(
                 shape,
                 draw(st.integers(0, len(shape) - 1)),
-                draw(st.sampled_from(DTYPES)),
+                draw(st.sampled_from(dtypes)),
                 draw(st.sampled_from(samples.LAYOUTS)),
                 order=draw(st.sampled_from(ORDERS)),
                 n_power_iterations=draw(st.integers(1, 3)),

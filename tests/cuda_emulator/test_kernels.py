@@ -9,6 +9,7 @@ import stock
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_any_list import layer_lists
 from test_numeric import (  # noqa: F401  tests of every backend are collected here once more
     DTYPES,
     ORDERS,
@@ -101,22 +102,8 @@ def test_extreme_scales(emulated, backend, dtype, exponent, zero_rows, order, ma
 
 @st.composite
 def calls(draw):
-    """Lists of layers of one dtype, with a layout for each, and how their work is cut."""
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    dtype = draw(st.sampled_from(DTYPES))
-    layers = []
-    for _ in range(draw(st.integers(1, 5))):
-        shape = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
-        layers.append(
-            samples.layer(
-                shape,
-                draw(st.integers(0, len(shape) - 1)),
-                dtype,
-                draw(st.sampled_from(samples.LAYOUTS)),
-                order=draw(st.sampled_from(ORDERS)),
-                n_power_iterations=draw(st.integers(1, 3)),
-            )
-        )
+    """Lists of layers of one dtype, with gradients for some of them."""
+    layers = draw(layer_lists([draw(st.sampled_from(DTYPES))], max_size=5))
     grads = [torch.randn_like(la.weight) if draw(st.booleans()) else None for la in layers]
     return layers, grads
 
