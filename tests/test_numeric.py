@@ -252,6 +252,21 @@ def test_gradcheck(backend, order, batched):
     assert gradgradcheck(f, weights, check_batched_grad=batched)
 
 
+def test_gradcheck_beside_frozen_weights(backend):
+    """The places of the free weights differ from their numbers among those that get a gradient."""
+    layers = [
+        samples.layer(shape, dtype=torch.float64) for shape in [(3, 4), (2, 5), (4, 3), (3, 2)]
+    ]
+    free = [layers[1].weight.requires_grad_(), layers[3].weight.requires_grad_()]
+
+    def f(*_):
+        normalized, sigmas = normalize(layers, update=False, backend=backend)
+        return normalized[1], normalized[3], sigmas
+
+    assert gradcheck(f, free, check_batched_grad=True)
+    assert gradgradcheck(f, free)
+
+
 def test_vector_gradcheck(backend):
     weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
 
