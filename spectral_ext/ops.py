@@ -39,6 +39,9 @@ SCHEMAS = {
     ),
 }
 
+# The Triton backend has operators of its own: where both are there, a caller may choose.
+SCHEMAS |= {f"triton_{name}": SCHEMAS[name] for name in ("forward_", "backward")}
+
 LIBRARY = torch.library.Library("spectral_ext", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -49,11 +52,13 @@ def _(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], Ten
     return allocate(weights, dims)
 
 
+@torch.library.register_fake("spectral_ext::triton_forward_", lib=LIBRARY)
 @torch.library.register_fake("spectral_ext::forward_", lib=LIBRARY)
 def _(*args: object) -> None:
     return None
 
 
+@torch.library.register_fake("spectral_ext::triton_backward", lib=LIBRARY)
 @torch.library.register_fake("spectral_ext::backward", lib=LIBRARY)
 def _(
     grad_outputs: Sequence[Tensor | None],

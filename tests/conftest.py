@@ -4,6 +4,12 @@ import os
 
 import pytest
 import torch
+import triton_interpreter
+
+if not torch.cuda.is_available():
+    triton_interpreter.ask_for()
+
+import samples
 
 from spectral_ext import backends
 
@@ -22,11 +28,15 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 CPU_BACKENDS = [name for name in backends.names() if backends.unavailable(name, CPU) is None]
+if "triton" in CPU_BACKENDS:
+    triton_interpreter.improve()
 
 
 @pytest.fixture(params=CPU_BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that computes on CPU tensors here."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend that computes on CPU tensors here; the interpreter's gets small samples."""
+    if request.param == "triton":
+        monkeypatch.setattr(samples, "SHAPES", samples.SMALL_SHAPES)
     return request.param
 
 

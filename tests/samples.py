@@ -36,6 +36,19 @@ SHAPES = [
     ((14, 2503), 0),
     ((3, 2503), 0),
 ]
+# The same for kernels that are interpreted: what takes another path or tile, but few of each.
+SMALL_SHAPES = [
+    ((5, 7), 0),
+    ((5, 7), 1),
+    ((1, 1), 0),
+    ((9, 1), 0),
+    ((6, 1, 5, 1, 3), 4),
+    ((8, 3, 3, 4), 0),
+    ((137, 36), 0),  # two narrow tiles, each of two steps
+    ((37, 20, 2, 4), 1),
+    ((41, 140), 0),  # two tiles of middling width
+    ((9, 2051), 0),  # two wide ones
+]
 LAYOUTS = ("contiguous", "channels_last", "reversed", "strided", "expanded", "offset")
 
 

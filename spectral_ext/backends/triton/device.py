@@ -1,0 +1,108 @@
+"""What the Triton kernels share: the facts of a layer, exact division, norms, the places of elements.
+
+``T`` is the dtype of a weight, ``A`` the one to compute in: float64 for float64, else float32. ``facts``
+points to the row of a layer in the table of :mod:`.tables`.
+"""
+
+import triton
+import triton.language as tl
+
+from .tables import FIELDS
+
+WIDTH = tl.constexpr(len(FIELDS))
+ROWS = tl.constexpr(FIELDS.index("rows"))
+COLUMNS = tl.constexpr(FIELDS.index("columns"))
+INNER = tl.constexpr(FIELDS.index("inner"))
+TILE = tl.constexpr(FIELDS.index("tile"))
+CONTIGUOUS = tl.constexpr(FIELDS.index("contiguous"))
+EPS = tl.constexpr(FIELDS.index("eps"))
+U_STRIDE = tl.constexpr(FIELDS.index("u_stride"))
+V_STRIDE = tl.constexpr(FIELDS.index("v_stride"))
+ORDER = tl.constexpr(FIELDS.index("order"))
+SAVED = tl.constexpr(FIELDS.index("saved"))
+SIGMA = tl.constexpr(FIELDS.index("sigma"))
+HALF_STEPS = tl.constexpr(FIELDS.index("half_steps"))
+UPDATE = tl.constexpr(FIELDS.index("update"))
+V_FIRST = tl.constexpr(FIELDS.index("v_first"))
+T_PLACE = tl.constexpr(FIELDS.index("t"))
+Y_PLACE = tl.constexpr(FIELDS.index("y"))
+SHARES = tl.constexpr(FIELDS.index("shares"))
+SCALES = tl.constexpr(FIELDS.index("scales"))
+ROW_SUMS = tl.constexpr(FIELDS.index("row_sums"))
+ROW_TILES = tl.constexpr(FIELDS.index("row_tiles"))
+COLUMN_SUMS = tl.constexpr(FIELDS.index("column_sums"))
+CHUNKS = tl.constexpr(FIELDS.index("chunks"))
+
+
+@triton.jit
+def as_pointer(address, dtype: tl.constexpr):
+    """Return the pointer to elements of ``dtype`` that is kept as a number at ``address``."""
+    return tl.load(address).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def are_vectors(facts, addresses, COUNT: tl.constexpr):
+    """Return whether the rows of a layer's first ``COUNT`` tensors are whole vectors of 16 bytes."""
+    bits = tl.load(addresses)
+    for i in tl.static_range(1, COUNT):
+        bits |= tl.load(addresses + i)
+    return (bits % 16 == 0) & (tl.load(facts + CONTIGUOUS) != 0)
+
+
+@triton.jit
+def divide(x, y, A: tl.constexpr):
+    """Return ``x / y`` rounded as IEEE wants it; Triton's own division of float32 is not."""
+    if A == tl.float32:
+        quotient = tl.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
+def total(sums, count):
+    """Return the sum of what programs of earlier launches have left, always in one order."""
+    result = tl.zeros([128], tl.float64)
+    for begin in range(0, count, 128):
+        i = begin + tl.arange(0, 128)
+        result += tl.load(sums + i, mask=i < count, other=0.0)
+    return tl.sum(result, axis=0)
+
+
+@triton.jit
+def at_least(x, bound):
+    """Return the larger one; a NaN stays."""
+    return tl.where(x < bound, bound, x)
+
+
+@triton.jit
+def norm(facts, sums, PLACE: tl.constexpr, COUNT: tl.constexpr):
+    """Return ‖t‖ or ‖y‖ in float64, of the squares that programs have left."""
+    return tl.sqrt(total(sums + tl.load(facts + PLACE), tl.load(facts + COUNT)))
+
+
+@triton.jit
+def divisor(facts, sums, PLACE: tl.constexpr, COUNT: tl.constexpr):
+    """Return ``max(‖t‖, eps)`` or ``max(‖y‖, eps)`` in float64."""
+    eps = tl.load(facts + EPS).to(tl.float64, bitcast=True)
+    return at_least(norm(facts, sums, PLACE, COUNT), eps)
+
+
+@triton.jit
+def in_memory(column, rows, inner, VECTORS: tl.constexpr):
+    """Return how far a column's element in the first row is from the first element of all."""
+    if VECTORS:
+        offset = column
+    else:
+        offset = column // inner * (rows * inner) + column % inner
+    return offset
+
+
+@triton.jit
+def in_v(facts, orders, column, mask):
+    """Return the places of columns in v."""
+    place = column.to(tl.int64)
+    order = tl.load(facts + ORDER)
+    if order >= 0:
+        place = tl.load(orders + order + column, mask=mask, other=0)
+    return place

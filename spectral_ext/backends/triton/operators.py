@@ -1,0 +1,143 @@
+"""The operators: from tensors that may be anything to layers that the kernels can follow."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...layout import matrix_shape
+from .checks import (
+    Overlaps,
+    check_count,
+    check_dense,
+    check_flat,
+    check_memory,
+    check_output,
+    check_same,
+    check_settings,
+    check_vector,
+    checked_dim,
+    common_dtype,
+)
+from .launch import Layer, run_backward, run_forward
+from .tables import LayerFacts, Shape
+
+__all__ = ["backward", "forward_"]
+
+
+def forward_(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    sigmas: Tensor,
+    dims: Sequence[int],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    v_first: Sequence[bool],
+    update: bool,
+) -> None:
+    """Normalize all layers; see :data:`spectral_ext.ops.SCHEMAS`."""
+    count, device, dtype = len(weights), saved.device, common_dtype(weights)
+    settings = {"n_power_iterations": n_power_iterations, "eps": eps, "v_first": v_first}
+    for name, values in {"us": us, "vs": vs, "outputs": outputs, "dims": dims, **settings}.items():
+        check_count(values, count, name)
+    layers: list[Layer] = []
+    overlaps = Overlaps()
+    place = 0
+    for i, (weight, output, u, v) in enumerate(zip(weights, outputs, us, vs, strict=True)):
+        check_output(weight, device, dtype, i, "the weight")
+        check_same(output, weight, f"the output of layer {i}")
+        check_dense(output, i)
+        check_settings(n_power_iterations[i], eps[i], i)
+        dim = checked_dim(weight, dims[i], i)
+        rows, columns = matrix_shape(weight, dim)
+        check_vector(u, rows, weight, "u", i)
+        check_vector(v, columns, weight, "v", i)
+        # A weight in another order than its output is copied there first, and normalized in place.
+        source = weight if weight.stride() == output.stride() else output
+        facts = LayerFacts(
+            Shape.of(output.shape, output.stride(), dim),
+            place,
+            i,
+            16 // weight.element_size(),
+            eps[i],
+            u.stride(0),
+            v.stride(0),
+            n_power_iterations[i],
+            v_first[i],
+            update,
+        )
+        addresses = (source.data_ptr(), output.data_ptr(), u.data_ptr(), v.data_ptr())
+        layers.append(Layer(weight.dtype, facts, addresses))
+        place += rows + columns
+        overlaps.add(weight, f"the weight of layer {i}", False)
+        overlaps.add(output, f"the output of layer {i}", True)
+        overlaps.add(u, f"u of layer {i}", update)
+        overlaps.add(v, f"v of layer {i}", update)
+    check_flat(saved, place, dtype, device, "saved")
+    check_flat(sigmas, count, dtype, device, "sigmas")
+    overlaps.add(saved, "saved", True)
+    overlaps.add(sigmas, "sigmas", True)
+    overlaps.check()
+
+    for weight, output in zip(weights, outputs, strict=True):
+        if weight.stride() != output.stride():
+            output.copy_(weight)
+    run_forward(layers, saved, sigmas)
+    if update:  # as a stock in-place operation tells autograd
+        written = [vector for vector in (*us, *vs) if not vector.is_inference()]
+        torch.autograd.graph.increment_version(written)
+
+
+def backward(
+    grad_outputs: Sequence[Tensor | None],
+    grad_sigmas: Tensor | None,
+    outputs: Sequence[Tensor],
+    saved: Tensor,
+    sigmas: Tensor,
+    dims: Sequence[int],
+    mask: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of the weights for which ``mask`` is true."""
+    count, device, dtype = len(outputs), saved.device, common_dtype(outputs)
+    for name, values in {"grad_outputs": grad_outputs, "dims": dims, "mask": mask}.items():
+        check_count(values, count, name)
+    places = []
+    place = 0
+    for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
+        check_output(output, device, dtype, i, "the output")
+        check_dense(output, i)
+        places.append(place)
+        place += sum(matrix_shape(output, checked_dim(output, dims[i], i)))
+        if grad is not None:
+            check_same(grad, output, f"the gradient of layer {i}")
+    check_flat(saved, place, dtype, device, "saved")
+    check_flat(sigmas, count, dtype, device, "sigmas")
+    if grad_sigmas is not None:
+        check_memory(grad_sigmas, device, "grad_sigmas")
+        grad_sigmas = grad_sigmas.contiguous()
+        check_flat(grad_sigmas, count, dtype, device, "grad_sigmas")
+
+    results: list[Tensor] = []
+    layers: list[Layer] = []
+    kept: list[Tensor] = []  # alive until all launches are in the stream
+    for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
+        if not mask[i]:
+            continue
+        if grad is not None and grad.stride() != output.stride():
+            grad = torch.empty_like(output).copy_(grad)
+            kept.append(grad)
+        result = torch.empty_like(output)
+        results.append(result)
+        facts = LayerFacts(
+            Shape.of(output.shape, output.stride(), dims[i] % output.ndim),
+            places[i],
+            i,
+            16 // output.element_size(),
+        )
+        addresses = (0 if grad is None else grad.data_ptr(), output.data_ptr(), result.data_ptr())
+        layers.append(Layer(output.dtype, facts, addresses))
+    run_backward(layers, saved, sigmas, grad_sigmas)
+    return results
