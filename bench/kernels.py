@@ -1,14 +1,17 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, stack and the width of global loads.
+"""What compilers make of the kernels: registers, spills, stack and the width of global loads.
 
     python bench/kernels.py
 
-Compiles csrc/cuda/*.cu for all architectures, prints a table and writes bench/data/kernels.csv. No
-GPU is needed. The widths are read from the machine code where there is a disassembler: in the
-toolkit, on PATH, in the wheel of triton, or in that of nvidia-cuda-cuobjdump.
+Compiles csrc/cuda/*.cu by nvcc and the Triton kernels by Triton, for several architectures, prints a
+table and writes bench/data/kernels.csv, where each compiler's version has its rows. What is not here is
+left out; no GPU is needed. The widths are read from the machine code where there is a disassembler: in
+the toolkit, on PATH, in the wheel of triton, or in that of nvidia-cuda-cuobjdump. Shared memory is
+what a kernel has of itself; nvcc's ask for theirs when they are launched.
 """
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -25,15 +28,16 @@ import build_config  # noqa: E402
 
 RESULTS = ROOT / "bench" / "data" / "kernels.csv"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-KEY = ("nvcc", "kernel", "dtype", "sm")
+KEY = ("compiler", "kernel", "dtype", "sm")
 RESOURCES = ("registers", "stack", "spill_stores", "spill_loads")
+SHARED = ("shared",)
 LOADS = ("global_loads", "global_loads_128", "generic_loads")
-COLUMNS = (*KEY, *RESOURCES, *LOADS)
+COLUMNS = (*KEY, *RESOURCES, *SHARED, *LOADS)
 Row = dict[str, str]
 
 # What `-Xptxas -v` says about a kernel, in order.
 PTXAS = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)'.*?"
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<sm>\d+)\w?'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
     r"(?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
@@ -46,11 +50,11 @@ def sources() -> list[Path]:
 
 
 def nvcc_version(toolkit: build_config.CudaToolkit) -> str:
-    """Return the full version of nvcc: a change of the last number can change the registers."""
+    """Return nvcc and its full version: a change of the last number can change the registers."""
     text = subprocess.check_output([toolkit.home / "bin" / "nvcc", "--version"], text=True)
     found = re.search(r"\bV([\d.]+)", text)
     assert found is not None, text
-    return found[1]
+    return f"nvcc {found[1]}"
 
 
 def find_disassembler(toolkit: build_config.CudaToolkit) -> str | None:
@@ -79,8 +83,9 @@ def compile_kernels(source: Path, toolkit: build_config.CudaToolkit, folder: Pat
     rows = []
     for match in PTXAS.finditer(result.stdout + result.stderr):
         kernel = "forward" if "forward_kernel" in match["name"] else "backward"
-        row = {"nvcc": version, "kernel": kernel, "dtype": source.stem, "sm": match["sm"]}
-        rows.append(row | {name: match[name] for name in RESOURCES} | dict.fromkeys(LOADS, ""))
+        row = {"compiler": version, "kernel": kernel, "dtype": source.stem, "sm": match["sm"]}
+        row |= {name: match[name] for name in RESOURCES}
+        rows.append(row | dict.fromkeys((*SHARED, *LOADS), ""))
     disassembler = find_disassembler(toolkit)
     if disassembler is not None:
         count_loads(target, rows, disassembler)
@@ -88,10 +93,7 @@ def compile_kernels(source: Path, toolkit: build_config.CudaToolkit, folder: Pat
 
 
 def count_loads(target: Path, rows: list[Row], disassembler: str) -> None:
-    """Fill in how many instructions load from global memory, and how many of them 16 bytes at once.
-
-    A generic load is one for which the compiler did not know that the memory is global.
-    """
+    """Fill in the loads of the kernels of an object file."""
     path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
     for sm in {row["sm"] for row in rows}:
         listing = subprocess.check_output(
@@ -102,15 +104,22 @@ def count_loads(target: Path, rows: list[Row], disassembler: str) -> None:
         for code in listing.split("Function : ")[1:]:
             kernel = "forward" if "forward_kernel" in code.partition("\n")[0] else "backward"
             (row,) = (row for row in rows if (row["sm"], row["kernel"]) == (sm, kernel))
-            loads = re.findall(r"\b(LDG?)((?:\.\w+)*) ", code)
-            wide = sum(name == "LDG" and "128" in how.split(".") for name, how in loads)
-            row["global_loads"] = str(sum(name == "LDG" for name, _ in loads))
-            row["global_loads_128"] = str(wide)
-            row["generic_loads"] = str(sum(name == "LD" for name, _ in loads))
+            row |= loads_of(code)
+
+
+def loads_of(code: str) -> Row:
+    """Return how many instructions load from global memory, and how many of them 16 bytes at once.
+
+    A generic load is one for which the compiler did not know that the memory is global.
+    """
+    loads = re.findall(r"\b(LDG?)((?:\.\w+)*) ", code)
+    wide = sum(name == "LDG" and "128" in how.split(".") for name, how in loads)
+    counts = (sum(name == "LDG" for name, _ in loads), wide, sum(name == "LD" for name, _ in loads))
+    return dict(zip(LOADS, map(str, counts), strict=True))
 
 
 def measure() -> list[Row]:
-    """Compile everything; return all rows, sorted.
+    """Compile csrc/cuda; return its rows, sorted.
 
     Raises:
         build_config.Unavailable: there is no CUDA toolkit.
@@ -120,7 +129,31 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         files = pool.map(lambda source: compile_kernels(source, toolkit, Path(folder)), sources())
         rows = [row for file in files for row in file]
-    return sorted(rows, key=lambda row: (row["kernel"], row["dtype"], int(row["sm"])))
+    return sorted(rows, key=place)
+
+
+def measure_triton() -> list[Row]:
+    """Compile the Triton kernels; return their rows, sorted.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "bench" / "triton_kernels.py"],
+        env=environ,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"Triton does not compile its kernels:\n{result.stderr}")
+    return sorted(json.loads(result.stdout.splitlines()[-1]), key=place)
+
+
+def place(row: Row) -> tuple[str, str, int]:
+    """Return where a row stands among those of its compiler."""
+    return row["kernel"], row["dtype"], int(row["sm"])
 
 
 def recorded() -> list[Row]:
@@ -133,12 +166,19 @@ def recorded() -> list[Row]:
 
 def main() -> None:
     """Measure, print and record."""
-    rows = measure()
-    kept = [row for row in recorded() if row["nvcc"] != rows[0]["nvcc"]]
+    rows = []
+    try:
+        rows += measure()
+    except build_config.Unavailable as reason:
+        print(f"not by nvcc: {reason}")
+    if importlib.util.find_spec("triton") is not None:
+        rows += measure_triton()
+    measured = {row["compiler"] for row in rows}
+    table = rows + [row for row in recorded() if row["compiler"] not in measured]
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows(sorted(table, key=lambda row: (row["compiler"], *place(row))))
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in COLUMNS}
     for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
         print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))

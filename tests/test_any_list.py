@@ -2,6 +2,7 @@
 
 import samples
 import torch
+from conftest import CPU_BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from test_numeric import DTYPES, ORDERS, check_backward, check_forward
@@ -27,7 +28,7 @@ def layer_lists(draw, dtypes=DTYPES, max_size=6):
     return result
 
 
-@given(layer_lists(), st.booleans(), st.sampled_from(["cpu", "reference"]))
+@given(layer_lists(), st.booleans(), st.sampled_from(CPU_BACKENDS))
 def test_any_list(layers, update, backend):
     grads = [torch.randn_like(layer.weight) for layer in layers]
     check_backward([layer.to(layer.weight.dtype) for layer in layers], grads, update, backend)

@@ -320,6 +320,17 @@ def test_zero_weight(backend, order):
     check_forward([zero], True, backend)
 
 
+def test_zero_sigma_of_a_weight_that_is_not_zero(backend):
+    """In evaluation, with vectors that look past the weight: it is passed through, and its gradient."""
+    weight = torch.eye(2).requires_grad_()
+    u, v = torch.eye(2)
+    (normalized,), sigmas = spectral_normalize([weight], [u], [v], update=False, backend=backend)
+    assert torch.equal(normalized, weight) and sigmas.item() == 0
+    grad, grad_sigma = torch.randn(2, 2), torch.randn(1)
+    (found,) = torch.autograd.grad((normalized, sigmas), weight, (grad, grad_sigma))
+    torch.testing.assert_close(found, grad + grad_sigma * torch.outer(u, v))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("order", ORDERS)
 def test_non_finite_weights_propagate(backend, order, value):

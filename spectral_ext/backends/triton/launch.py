@@ -18,7 +18,7 @@ from .backward_kernels import dot_kernel, gradient_kernel
 from .forward_kernels import divide_kernel, half_step_kernel
 from .tables import LayerFacts, Tables, backward_tables, forward_tables
 
-__all__ = ["Layer", "run_backward", "run_forward"]
+__all__ = ["Layer", "constants_of", "run_backward", "run_forward"]
 
 
 class Layer(NamedTuple):
@@ -110,12 +110,17 @@ class _Group:
         self.pointers = _upload(torch.tensor(addresses, dtype=torch.int64), device)
         self.vectors = torch.empty(self.tables.vectors, dtype=dtype, device=device)
         self.sums = torch.empty(self.tables.sums, dtype=torch.float64, device=device)
-        self.constants = {
-            "T": _DTYPES[layers[0].dtype],
-            "A": _DTYPES[dtype],
-            "LANES": layers[0].facts.lanes,
-            "num_warps": _WARPS[dtype],
-        }
+        self.constants = constants_of(layers[0].dtype, dtype)
+
+
+def constants_of(dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the kernels are compiled for, besides their arguments."""
+    return {
+        "T": _DTYPES[dtype],
+        "A": _DTYPES[compute_dtype],
+        "LANES": 16 // dtype.itemsize,
+        "num_warps": _WARPS[compute_dtype],
+    }
 
 
 def _by_dtype(layers: Sequence[Layer]) -> list[list[Layer]]:

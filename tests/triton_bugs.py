@@ -1,0 +1,255 @@
+"""Mistakes planted in the Triton kernels, one at a time; prints what became of each as JSON.
+
+Every store is left out, every mask, and what makes a partial sum or a place right. Each mistake has a
+process of its own, forked from this one. There all tensors end where the memory ends, so that one
+element too many is a crash, and what a workspace has between its parts must stay as it was.
+"""
+
+import ctypes
+import json
+import linecache
+import mmap
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+import triton_interpreter
+
+triton_interpreter.ask_for()
+
+import samples  # noqa: E402
+import torch  # noqa: E402
+from stock import Layer  # noqa: E402
+from test_numeric import check_backward, check_forward, gradients, normalize  # noqa: E402
+
+from spectral_ext import backends  # noqa: E402
+from spectral_ext.backends.triton import (  # noqa: E402
+    backward_kernels,
+    device,
+    forward_kernels,
+    launch,
+    tables,
+)
+
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (device, forward_kernels, backward_kernels)}
+SOURCES = {name: Path(module.__file__).read_text() for name, module in MODULES.items()}
+
+# In what is not a store or a mask: module, text, the mistake.
+OTHER = [
+    ("device", "tl.where(x < bound, bound, x)", "x"),
+    ("device", "range(0, count, 128)", "range(0, 1, 128)"),
+    ("device", "column // inner * (rows * inner) + column % inner", "column"),
+    ("device", "tl.load(orders + order + column, mask=mask, other=0)", "place"),
+    ("device", "(tl.load(facts + CONTIGUOUS) != 0)", "True"),
+    ("forward_kernels", "first = weight + r * inner", "first = weight + tile * inner"),
+    ("forward_kernels", "factor = divide(t, scale, A)", "factor = t"),
+    ("forward_kernels", "(scale.to(tl.float64) / length).to(A)", "scale"),
+    ("forward_kernels", "length = divisor(facts, sums, COLUMN_SUMS, CHUNKS).to(A)\n\n", "pass\n\n"),
+    ("forward_kernels", "other = tl.load(u, mask=there, other=0.0).to(A)", "pass"),
+    ("forward_kernels", "if step + 1 < tl.load(facts + HALF_STEPS):", "if step < 1:"),
+    ("forward_kernels", "if step < tl.load(facts + HALF_STEPS):", "if True:"),
+    ("forward_kernels", "c = last - back + tl.arange(0, C)", "c = last + tl.arange(0, C)"),
+    ("forward_kernels", "| (sigma == 0)", ""),
+    ("forward_kernels", "tl.where(sigma == 0, 1.0, sigma)", "sigma"),
+    ("forward_kernels", "return tl.where(bits == 0, 1.0, bits.to(A, bitcast=True))",
+     "return bits.to(A, bitcast=True)"),
+    ("backward_kernels", "- along_u[:, None] * v[None, :]", ""),
+    ("backward_kernels", "coefficient -= tl.load", "coefficient += tl.load"),
+    ("backward_kernels", "tl.where(sigma == 0, 0.0, along * factor)", "along * factor"),
+    ("backward_kernels", "tl.where(sigma == 0, 1.0, sigma)", "sigma"),
+    ("backward_kernels", "along_u = coefficient * tl.load(saved_u + r",
+     "along_u = coefficient * tl.load(saved_u + r - r"),
+]  # fmt: skip
+
+
+def bugs():
+    """Yield for each mistake its name, a module and its changed source."""
+    for name, source in SOURCES.items():
+        stores = re.finditer(
+            r"^( +)tl\.store\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", source, re.M
+        )
+        for store in stores:
+            line = source.count("\n", 0, store.start()) + 1
+            changed = source[: store.start()] + store[1] + "pass" + source[store.end() :]
+            yield f"{name}:{line} no store", name, changed
+        for mask in re.finditer(r", mask=[\w &]+(, other=0(\.0)?)?", source):
+            line = source.count("\n", 0, mask.start()) + 1
+            changed = source[: mask.start()] + source[mask.end() :]
+            yield f"{name}:{line} no mask", name, changed
+    for name, old, new in OTHER:
+        assert old in SOURCES[name], old
+        yield f"{name}: {old} -> {new}", name, SOURCES[name].replace(old, new)
+
+
+def plant(name, source):
+    """Let the launches use kernels made of changed source."""
+    modules = dict(MODULES)
+    for place, module in MODULES.items():
+        text = source if place == name else SOURCES[place]
+        file = f"<{place} with a bug>"
+        linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+        new = types.ModuleType(module.__name__)
+        new.__package__ = module.__package__
+        sys.modules[module.__name__] = modules[place] = new
+        exec(compile(text, file, "exec"), new.__dict__)
+    for kernel in ("half_step_kernel", "divide_kernel"):
+        setattr(launch, kernel, getattr(modules["forward_kernels"], kernel))
+    for kernel in ("dot_kernel", "gradient_kernel"):
+        setattr(launch, kernel, getattr(modules["backward_kernels"], kernel))
+
+
+# ---- Memory
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+MAPPINGS = []
+
+
+def at_the_edge(tensor):
+    """Return a copy behind whose last element no memory may be touched."""
+    flat = torch.empty_strided((1,), (1,), dtype=tensor.dtype)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    count = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+    size = count * flat.element_size()
+    whole = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, whole + PAGE)
+    MAPPINGS.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert LIBC.mprotect(ctypes.c_void_p(address + whole), ctypes.c_size_t(PAGE), 0) == 0
+    if count == 0:
+        return tensor
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=whole - size)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def put_at_the_edge():
+    """Let all that a call allocates end where the memory ends; return the groups of all calls."""
+    empty, empty_like = torch.empty, torch.empty_like
+    moved_by, begin = tables.Tables.moved_by, launch._Group.__init__
+    groups = []
+
+    def edge_of(make):
+        def wrapped(*args, **kwargs):
+            made = make(*args, **kwargs)
+            fits = made.device.type == "cpu" and made.is_floating_point()
+            return at_the_edge(made.fill_(torch.nan)) if fits else made
+
+        return wrapped
+
+    def noted(group, *args):
+        begin(group, *args)
+        groups.append(group)
+
+    torch.empty, torch.empty_like = edge_of(empty), edge_of(empty_like)
+    tables.Tables.moved_by = lambda made, move: moved_by(made, at_the_edge)
+    launch._upload = lambda host, device: at_the_edge(host)
+    launch._Group.__init__ = noted
+    return groups
+
+
+def check_gaps(group):
+    """Raise if something was written between the parts of a workspace."""
+    used = torch.zeros(group.tables.vectors, dtype=torch.bool)
+    if not len(used):
+        return
+    for row in group.tables.layers.tolist():
+        of = dict(zip(tables.FIELDS, row, strict=True))
+        for name, size in (
+            ("t", of["rows"]),
+            ("y", of["columns"]),
+            ("shares", of["row_tiles"] * of["columns"]),
+            ("scales", of["row_tiles"]),
+        ):
+            used[of[name] : of[name] + size] = True
+    assert group.vectors[~used].isnan().all()
+
+
+# ---- Numbers
+
+
+CASES = [((5, 7), 0), ((130, 36), 0), ((33, 132), 0), ((9, 2052), 0), ((4, 6, 3, 2), 1)]
+
+
+def layer(shape, dim=0, **settings):
+    """Return a layer whose tensors end where the memory ends."""
+    made = samples.layer(shape, dim, **settings)
+    made.weight, made.u, made.v = map(at_the_edge, (made.weight, made.u, made.v))
+    return made
+
+
+def check():
+    """Raise if the numbers are wrong, or something was written where nothing should be."""
+    groups = put_at_the_edge()
+    for order in ("u_first", "v_first"):
+        torch.manual_seed(0)
+        layers = [layer(shape, dim, order=order) for shape, dim in CASES]
+        layers.append(layer((4, 3, 2, 5), layout="channels_last", order=order))
+        layers.append(layer((6, 5), order=order, n_power_iterations=2))
+        grads = [at_the_edge(torch.randn(one.weight.shape)) for one in layers]
+        grads[2] = None
+        check_backward([one.to(torch.float32) for one in layers], grads, True, "triton")
+        check_forward(layers, True, "triton")
+        check_forward(layers, False, "triton")
+    check_forward([layer((5, 300), eps=100.0), layer((1, 129 * 128))], True, "triton")
+
+    huge = layer((20, 10), scale=1e30, eps=1e-305)
+    exact = Layer(huge.weight.double(), huge.u.double(), huge.v.double(), eps=1e-305)
+    (found,), (expected,) = normalize([huge], backend="triton")[0], normalize([exact])[0]
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+    zero, turned, other = layer((6, 4)), layer((2, 2)), layer((5, 4))
+    zero.weight.zero_()  # σ is zero, as it is here for a weight that is not
+    turned.weight.copy_(torch.eye(2))
+    turned.u.copy_(torch.tensor([1.0, 0.0]))
+    turned.v.copy_(torch.tensor([0.0, 1.0]))
+    for update in (True, False):
+        layers = [zero, other] if update else [zero, turned, other]
+        copies = [one.to(torch.float32) for one in layers]
+        grads = [*(torch.randn(one.weight.shape) for one in layers[:-1]), None]
+        grad_sigmas = torch.randn(len(layers))
+        found = gradients(layers, grads, update, "triton", grad_sigmas)
+        expected = gradients(copies, grads, update, "reference", grad_sigmas)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(zero.u, copies[0].u)
+        assert normalize([zero], update, "triton")[0][0].eq(0).all()
+    for group in groups:
+        check_gaps(group)
+
+
+# ---- Mistakes
+
+
+def outcome(name, source):
+    """Return what a process with a mistake ended with."""
+    child = os.fork()
+    if child == 0:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        code = 1
+        try:
+            plant(name, source)
+            check()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return "unnoticed" if status == 0 else "noticed" if os.WIFEXITED(status) else "crashed"
+
+
+def main():
+    """Try all mistakes, and none."""
+    assert backends.unavailable("triton", torch.device("cpu")) is None
+    triton_interpreter.improve()
+    torch.set_num_threads(1)
+    outcomes = {"as it is": outcome("device", SOURCES["device"])}
+    for bug, name, source in bugs():
+        outcomes[bug] = outcome(name, source)
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
