@@ -1,4 +1,4 @@
-"""The CUDA backend on a device: numbers, graphs, streams, memory and bad input.
+"""The CUDA and Triton backends on a device: numbers, graphs, streams, memory and bad input.
 
 `make gpu` runs these, and the numeric tests of all backends with tensors that visit the device.
 """
@@ -24,20 +24,38 @@ from test_numeric import (  # noqa: F401  (run here with the backend of this fil
     test_optimizer_step_between_two_backwards,
     test_scales,
     test_two_forwards_then_backward_of_the_first,
+    test_zero_sigma_of_a_weight_that_is_not_zero,
     test_zero_weight,
 )
 
 from spectral_ext import backends, fuse
-from spectral_ext.backends import cuda
 from spectral_ext.functional import spectral_normalize
 
 SCHEDULES = ("ticket", "phases")
 MODEL = [((64, 3, 3, 3), 0), ((128, 64, 3, 3), 0), ((128, 128, 4, 4), 1), ((10, 2048), 0)]
 
 
-REASON = backends.unavailable("cuda", torch.device("cuda"))
-if REASON is not None and "--collect-only" not in sys.argv:
-    pytest.skip(f"no CUDA backend here: {REASON}", allow_module_level=True)
+DEVICE = torch.device("cuda", 0)
+REASONS = {name: backends.unavailable(name, DEVICE) for name in ("cuda", "triton")}
+HERE = [name for name, reason in REASONS.items() if reason is None]
+if "--collect-only" in sys.argv:
+    HERE = list(REASONS)
+elif not HERE:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
+    pytest.skip(f"no backend for a CUDA device here: {reasons}", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True, params=HERE)
+def on_device(request, monkeypatch):
+    """The backend that computes on the device in this test, where none is named."""
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
+    return backends.select(request.param, DEVICE)
+
+
+if "cuda" in HERE:
+    cuda_only = pytest.mark.parametrize("on_device", ["cuda"], indirect=True)
+else:
+    cuda_only = pytest.mark.skip(reason=f"there is no cuda backend here: {REASONS['cuda']}")
 
 
 class Visiting:
@@ -47,6 +65,9 @@ class Visiting:
     """
 
     attach = prepare = None
+
+    def __init__(self, backend):
+        self.backend = backend
 
     @staticmethod
     def unavailable(device):
@@ -61,14 +82,14 @@ class Visiting:
         return storage.cuda().as_strided(*place)
 
     def allocate(self, weights, dims):
-        outputs, saved, sigmas = cuda.allocate([self.there(w) for w in weights], dims)
+        outputs, saved, sigmas = self.backend.allocate([self.there(w) for w in weights], dims)
         return [torch.empty_like(y, device="cpu") for y in outputs], saved.cpu(), sigmas.cpu()
 
     def forward_(self, weights, us, vs, outputs, saved, sigmas, *settings):
         written = [*us, *vs, *outputs, saved, sigmas]
         there = [self.there(tensor) for tensor in written]
         n = len(weights)
-        cuda.forward_(
+        self.backend.forward_(
             [self.there(w) for w in weights],
             *(there[i * n : (i + 1) * n] for i in range(3)),
             *there[3 * n :],
@@ -78,7 +99,7 @@ class Visiting:
             here.copy_(result)
 
     def backward(self, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask):
-        grads = cuda.backward(
+        grads = self.backend.backward(
             [self.there(g) for g in grad_outputs],
             self.there(grad_sigmas),
             [self.there(y) for y in outputs],
@@ -91,9 +112,9 @@ class Visiting:
 
 
 @pytest.fixture
-def backend(monkeypatch):
+def backend(on_device, monkeypatch):
     """The name of the backend for the tests that are shared with others."""
-    monkeypatch.setitem(backends._chosen, ("visiting", torch.device("cpu")), Visiting())
+    monkeypatch.setitem(backends._chosen, ("visiting", torch.device("cpu")), Visiting(on_device))
     return "visiting"
 
 
@@ -110,7 +131,7 @@ def device_layers(shapes=MODEL, dtype=torch.float32, **settings):
 
 def step(weights, us, vs, dims, grads):
     """Return the results of a forward and a backward."""
-    normalized, sigmas = spectral_normalize(weights, us, vs, dims=dims, backend="cuda")
+    normalized, sigmas = spectral_normalize(weights, us, vs, dims=dims)
     return [*normalized, sigmas, *torch.autograd.grad(normalized, weights, grads)]
 
 
@@ -122,10 +143,11 @@ def assert_equal(found, expected):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_auto_chooses_it():
-    assert backends.select(None, torch.device("cuda")) is cuda
+def test_auto_chooses_the_best():
+    assert backends.select("auto", DEVICE) is backends.select(HERE[0], DEVICE)
 
 
+@cuda_only
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,10 +180,12 @@ def test_more_layers_than_one_launch_takes():
     torch.testing.assert_close(sigmas.cpu(), expected_sigmas, **close)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)  # of cuda; triton has one
 def test_graph_is_captured_in_the_first_call(schedule, monkeypatch):
     """Replays do what calls do, also where plan and tables were made during the capture."""
     monkeypatch.setenv("SPECTRAL_EXT_CUDA_SCHEDULE", schedule)
+    weights, us, vs, dims = device_layers([((4, 5), 0)])
+    step(weights, us, vs, dims, [torch.randn_like(w) for w in weights])  # loads the kernels
     shapes = [((33 if schedule == "ticket" else 35, 77), 0), *MODEL]  # a plan that nobody made yet
     weights, us, vs, dims = device_layers(shapes)
     grads = [torch.randn_like(w) for w in weights]
@@ -275,8 +299,8 @@ def test_fused_module():
         )
 
     here, there = model(), model().cuda()
-    fuse(here)
-    fuse(there, backend="cuda")
+    fuse(here, backend="reference")
+    fuse(there)
     torch.use_deterministic_algorithms(False)  # of the convolutions
     for _ in range(2):
         x = torch.randn(2, 3, 9, 9)
@@ -292,19 +316,20 @@ def test_fused_module():
 # ---- Bad input
 
 
-def test_devices_must_be_equal():
+def test_devices_must_be_equal(on_device):
     weights, us, vs, dims = device_layers()
-    outputs, saved, sigmas = cuda.allocate(weights, dims)
+    outputs, saved, sigmas = on_device.allocate(weights, dims)
     n = len(dims)
     before = clones([*us, *vs])
     arguments = (outputs, saved, sigmas, dims, [1] * n, [1e-12] * n, [False] * n, True)
     with pytest.raises(ValueError, match="v of layer 1 is on cpu, expected cuda:0"):
-        cuda.forward_(weights, us, [vs[0], vs[1].cpu(), *vs[2:]], *arguments)
+        on_device.forward_(weights, us, [vs[0], vs[1].cpu(), *vs[2:]], *arguments)
     with pytest.raises(ValueError, match="the weight of layer 0 is on cpu"):
-        cuda.forward_([weights[0].detach().cpu(), *weights[1:]], us, vs, *arguments)
+        on_device.forward_([weights[0].detach().cpu(), *weights[1:]], us, vs, *arguments)
     assert_equal([*us, *vs], before)
 
 
+@cuda_only
 def test_unknown_schedule(monkeypatch):
     weights, us, vs, dims = device_layers()
     before = clones([*us, *vs])
@@ -314,19 +339,19 @@ def test_unknown_schedule(monkeypatch):
     assert_equal([*us, *vs], before)
 
 
-def test_out_of_memory_leaves_vectors_as_they_were():
+def test_out_of_memory_leaves_vectors_as_they_were(on_device):
     weights, us, vs, dims = device_layers([((2048, 2304), 0)] * 8)
     arguments = [[1] * 8, [1e-12] * 8, [False] * 8, True]
-    results = cuda.allocate(weights, dims)
+    results = on_device.allocate(weights, dims)
     before = clones([*us, *vs])
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)  # no room for the workspace
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            cuda.forward_(weights, us, vs, *results, dims, *arguments)
+            on_device.forward_(weights, us, vs, *results, dims, *arguments)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert_equal([*us, *vs], before)
-    cuda.forward_(weights, us, vs, *results, dims, *arguments)
+    on_device.forward_(weights, us, vs, *results, dims, *arguments)
     assert results[2].isfinite().all()

@@ -3,8 +3,8 @@
     python bench/gpu/measure.py [--seconds N] [--models NAME ...] [--list]
 
 Providers: `copy` (all weights copied, the ceiling), stock PyTorch eager, graphed, compiled, compiled
-and graphed; ours eager and graphed, by tickets and by phases, and the first phase alone. Passes:
-forward, and forward with backward; that of `copy` is one pass for both.
+and graphed; ours eager and graphed, by tickets, by phases and by Triton, and the first phase alone.
+Passes: forward, and forward with backward; that of `copy` is one pass for both.
 
 A model's weights are made so many times that they exceed the L2 cache twice, and calls take turns, so
 that nothing is found in a cache by accident. Numbers are compared with stock before anything is timed.
@@ -32,6 +32,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from spectral_ext import backends  # noqa: E402
 from spectral_ext.functional import spectral_normalize  # noqa: E402
 
 SHAPES = json.loads((ROOT / "tests" / "data" / "model_shapes.json").read_text())
@@ -94,6 +95,13 @@ def ours(
     return list(spectral_normalize(weights, us, vs, dims=dims, backend="cuda")[0])
 
 
+def ours_by_triton(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], dims: list[int]
+) -> list[Tensor]:
+    """Normalize all layers in the launches of the Triton backend."""
+    return list(spectral_normalize(weights, us, vs, dims=dims, backend="triton")[0])
+
+
 def call(function: Callable[..., list[Tensor]], mode: str, layers: Weights) -> object:
     """Run one step of a provider."""
     if mode == "forward":
@@ -132,7 +140,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def check(model: str, layers: Weights) -> None:
+def check(model: str, layers: Weights, ours: Callable[..., list[Tensor]]) -> None:
     """Raise unless ours and stock agree on weights, vectors and gradients."""
     clones = [Weights(la.weights, [u.clone() for u in la.us], [v.clone() for v in la.vs],
                       la.grads, la.dims) for la in (layers, layers)]  # fmt: skip
@@ -204,9 +212,9 @@ class Recorder:
             (row["model"], row["provider"], row["mode"]): float(str(row["median_us"]))
             for row in self.rows
         }
-        others = ("stock", "stock graphed", "compiled", "compiled graphed")
+        others = ("ours triton graphed", "stock", "stock graphed", "compiled", "compiled graphed")
         lines = [
-            f"{'ours graphed, and the others over it':44}" + "".join(f"{o:>18}" for o in others)
+            f"{'ours graphed, and the others over it':44}" + "".join(f"{o:>21}" for o in others)
         ]
         lines[0] += f"{'copy/ours':>12}"
         for model in dict.fromkeys(row["model"] for row in self.rows):
@@ -217,7 +225,7 @@ class Recorder:
                 line = f"{model!s:20} {mode:16}{mine:7.0f}"
                 for other in others:
                     value = medians.get((model, other, mode))
-                    line += f"{'-' if value is None else f'{value / mine:.1f}×':>18}"
+                    line += f"{'-' if value is None else f'{value / mine:.1f}×':>21}"
                 copy = medians.get((model, "copy", "forward"))
                 line += f"{'-' if copy is None else f'{copy / mine:.2f}':>12}"
                 lines.append(line)
@@ -239,7 +247,12 @@ def measure_model(model: str, recorder: Recorder, deadline: float) -> None:
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [make(model) for _ in range(max(2, math.ceil(2 * cache / size)))]
     seconds = 0.25
-    check(model, sets[0])
+    why_no_triton = backends.unavailable("triton", torch.device("cuda", 0))
+    check(model, sets[0], ours)
+    if why_no_triton is None:
+        check(model, sets[0], ours_by_triton)
+    else:
+        print(f"triton: {why_no_triton}")
 
     flat = [torch.empty(size // 4, device="cuda") for _ in range(len(sets) + 1)]
 
@@ -267,6 +280,9 @@ def measure_model(model: str, recorder: Recorder, deadline: float) -> None:
             name = "ours" if schedule == "ticket" else "ours phases"
             add(name, mode, every(ours, mode))
             add(f"{name} graphed", mode, graphed(every(ours, mode)))
+        if why_no_triton is None:
+            add("ours triton", mode, every(ours_by_triton, mode))
+            add("ours triton graphed", mode, graphed(every(ours_by_triton, mode)))
         if mode == "forward":
             alone = first_phase(sets)
             if alone:

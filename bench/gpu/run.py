@@ -1,4 +1,4 @@
-"""Build, test and measure the CUDA backend on the GPU of this machine: `make gpu`, `make gpu-smoke`.
+"""Build, test and measure the backends of CUDA devices on the GPU here: `make gpu`, `make gpu-smoke`.
 
 Needs torch with CUDA, nvcc and pytest in the Python that runs it, and no network. Every step has its
 share of the time; what did not fit is said, and a step that failed makes the whole fail at the end.
@@ -113,7 +113,7 @@ def main() -> int:
         steps.run("benchmark", *measure, "--list", limit=100)
     else:
         chosen = ["-k", f"not ({' or '.join(SLOW)})"] if arguments.smoke else []
-        steps.run("tests", *tests, *chosen, limit=50 if arguments.smoke else 150)
+        steps.run("tests", *tests, *chosen, limit=50 if arguments.smoke else 200)
         tool = sanitizer()
         for check in TOOLS[:1] if arguments.smoke else TOOLS:
             if tool is None:

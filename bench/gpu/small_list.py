@@ -1,7 +1,7 @@
 """A short list of small layers through every path of the kernels, for compute-sanitizer.
 
 Fused and very wide rows, every layout of memory, all dtypes, both orders, both schedules, forward
-and backward. The numbers are checked by tests/test_cuda_device.py.
+and backward, by CUDA's kernels and by Triton's. The numbers are checked by tests/test_cuda_device.py.
 """
 
 import os
@@ -12,12 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from spectral_ext import backends
 from spectral_ext.functional import spectral_normalize
 
 SHAPES = [((5, 7), 0), ((33, 27), 0), ((64, 64, 3, 3), 0), ((16, 24, 4, 4), 1), ((3, 15001), 0)]
 
 
-def step(dtype: torch.dtype, order: str, channels_last: bool, offset: int) -> None:
+def step(backend: str, dtype: torch.dtype, order: str, channels_last: bool, offset: int) -> None:
     """Run a forward and a backward of all layers."""
     weights, us, vs = [], [], []
     for shape, dim in SHAPES:
@@ -38,19 +39,22 @@ def step(dtype: torch.dtype, order: str, channels_last: bool, offset: int) -> No
             n_power_iterations=2,
             order=order,
             update=update,
-            backend="cuda",
+            backend=backend,
         )
         (sum(y.sum() for y in normalized) + sigmas.sum()).backward()
 
 
 def main() -> None:
     """Run every combination that takes another path."""
-    for schedule in ("phases", "ticket"):
+    for backend, schedule in (("cuda", "phases"), ("cuda", "ticket"), ("triton", "")):
+        if (reason := backends.unavailable(backend, torch.device("cuda", 0))) is not None:
+            print(f"{backend}: {reason}")
+            continue
         os.environ["SPECTRAL_EXT_CUDA_SCHEDULE"] = schedule
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            step(dtype, "u_first", channels_last=False, offset=0)
-        step(torch.float32, "v_first", channels_last=True, offset=0)
-        step(torch.float32, "u_first", channels_last=False, offset=1)
+            step(backend, dtype, "u_first", channels_last=False, offset=0)
+        step(backend, torch.float32, "v_first", channels_last=True, offset=0)
+        step(backend, torch.float32, "u_first", channels_last=False, offset=1)
     torch.cuda.synchronize()
 
 
