@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -38,6 +39,18 @@ def describe_backends() -> list[tuple[str, str]]:
     return [
         ("backends", ""),
         *((f"  {name}", f"no: {why}" if why else "available") for name, why in reasons),
+        ("  auto takes", ", ".join(describe_choices())),
+    ]
+
+
+def describe_choices() -> list[str]:
+    """Return for each kind of device that is here the backend that ``auto`` takes."""
+    devices = {"CPU": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices["CUDA"] = torch.device("cuda", 0)
+    return [
+        f"{backends.name_of(backends.select('auto', device))} for {kind} tensors"
+        for kind, device in devices.items()
     ]
 
 
@@ -47,8 +60,17 @@ def describe_torch() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("  threads", str(torch.get_num_threads())),
         ("  CUDA", torch.version.cuda or "not in this build of torch"),
+        ("  Triton", describe_triton()),
         *(("  GPU", describe_gpu(index)) for index in range(torch.cuda.device_count())),
     ]
+
+
+def describe_triton() -> str:
+    """Return the version of Triton, if there is one."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def describe_gpu(index: int) -> str:

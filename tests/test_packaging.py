@@ -229,6 +229,8 @@ def test_command_line():
     for name in backends.names():
         reason = backends.unavailable(name)
         assert facts[name] == ("available" if reason is None else f"no: {reason}")
+    chosen = backends.name_of(backends.select("auto", torch.device("cpu")))
+    assert facts["auto takes"].startswith(f"{chosen} for CPU tensors")
 
 
 def described(output):

@@ -5,7 +5,6 @@ tensors and lists; it knows nothing of autograd or modules.
 """
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,7 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "names", "select", "unavailable"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "name_of", "names", "select", "unavailable"]
 
 ENVIRONMENT_VARIABLE = "SPECTRAL_EXT_BACKEND"
 
@@ -77,21 +76,20 @@ def names() -> tuple[str, ...]:
     return _NAMES
 
 
+def name_of(backend: Backend) -> str:
+    """Return the name of a backend."""
+    return getattr(backend, "__name__", "?").rpartition(".")[2]
+
+
 @cache
-def _load(name: str) -> Backend | None:
-    """Import the module of a backend; None where this version of the package has none."""
-    module = f"{__name__}.{name}"
-    if importlib.util.find_spec(module) is None:
-        return None
-    return cast(Backend, importlib.import_module(module))
+def _load(name: str) -> Backend:
+    """Import the module of a backend: not before it is asked for, since Triton's takes a second."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 def unavailable(name: str, device: torch.device | None = None) -> str | None:
     """Return None if backend ``name`` can run (on ``device``, if given), else the reason in words."""
-    backend = _load(name)
-    if backend is None:
-        return "this version of spectral_ext does not have it yet"
-    return backend.unavailable(device)
+    return _load(name).unavailable(device)
 
 
 def select(name: str | None, device: torch.device) -> Backend:
@@ -125,4 +123,4 @@ def _choose(name: str, device: torch.device) -> Backend:
         raise ValueError(f"backend={name!r} is unknown; expected auto, {', '.join(_NAMES)}")
     elif (reason := unavailable(name, device)) is not None:
         raise RuntimeError(f"backend={name!r} cannot run on {device}: {reason}")
-    return cast(Backend, _load(name))
+    return _load(name)

@@ -356,6 +356,6 @@ def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:
 
 def _backend_name(name: str | None, device: torch.device) -> str:
     try:
-        return getattr(backends.select(name, device), "__name__", "?").rpartition(".")[2]
+        return backends.name_of(backends.select(name, device))
     except (ValueError, RuntimeError):
         return f"{name} (cannot run)"
