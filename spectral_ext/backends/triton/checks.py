@@ -40,56 +40,53 @@ def common_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     return compute_dtype(weights[0].dtype) if weights else torch.float32
 
 
-def reach(tensor: Tensor) -> int:
-    """Return how many elements lie between the first one and the end of the last."""
-    if tensor.is_contiguous():
-        return tensor.numel()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * stride for size, stride in steps)
-
-
-def check_memory(tensor: Tensor, device: torch.device, name: str) -> None:
-    """Raise unless a kernel may follow the tensor's address."""
+def check_memory(tensor: Tensor, device: torch.device, name: str) -> int:
+    """Raise unless a kernel may follow the tensor's address; return how many bytes it reaches."""
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be strided, got {tensor.layout}")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError(f"{name} is a lazy negation or conjugation; resolve it first")
-    if tensor.numel() == 0:
-        return
-    end = (tensor.storage_offset() + reach(tensor)) * tensor.element_size()
-    if end > tensor.untyped_storage().nbytes():
+    count = tensor.numel()
+    if count > 0 and not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((size - 1) * stride for size, stride in steps)
+    end = (tensor.storage_offset() + count) * tensor.element_size()
+    if count > 0 and end > tensor.untyped_storage().nbytes():
         raise ValueError(f"{name} reaches beyond its storage (was it resized or freed?)")
+    return count * tensor.element_size()
 
 
 def check_output(
     tensor: Tensor, device: torch.device, dtype: torch.dtype, layer: int, name: str
-) -> None:
-    """Raise unless a tensor has a dtype and a place that the kernels know."""
+) -> int:
+    """Raise unless a tensor has a dtype and a place that the kernels know; return its bytes."""
     if tensor.dtype not in DTYPES:
         expected = "float32, float64, bfloat16 or float16"
         raise TypeError(f"{name} of layer {layer} is {_type(tensor)}; expected {expected}")
-    check_memory(tensor, device, f"{name} of layer {layer}")
+    reach = check_memory(tensor, device, f"{name} of layer {layer}")
     if compute_dtype(tensor.dtype) != dtype:
         raise TypeError(
             f"layer {layer} is {_type(tensor)}; float64 layers need a call of their own"
         )
+    return reach
 
 
 def check_dense(tensor: Tensor, layer: int) -> None:
     """Raise unless the elements of an output fill one block of memory."""
-    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+    if not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
         raise ValueError(f"the output of layer {layer} must be dense and must not overlap itself")
 
 
-def check_same(tensor: Tensor, like: Tensor, name: str) -> None:
-    """Raise unless a tensor has the device, dtype and shape of another."""
-    check_memory(tensor, like.device, name)
+def check_same(tensor: Tensor, like: Tensor, name: str) -> int:
+    """Raise unless a tensor has the device, dtype and shape of another; return its bytes."""
+    reach = check_memory(tensor, like.device, name)
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} is {_type(tensor)}, expected {_type(like)}")
     if tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(like.shape)}")
+    return reach
 
 
 def checked_dim(weight: Tensor, dim: int, layer: int) -> int:
@@ -103,9 +100,9 @@ def checked_dim(weight: Tensor, dim: int, layer: int) -> int:
     return dim % weight.ndim
 
 
-def check_vector(vector: Tensor, size: int, weight: Tensor, name: str, layer: int) -> None:
-    """Raise unless u or v fits its weight."""
-    check_memory(vector, weight.device, f"{name} of layer {layer}")
+def check_vector(vector: Tensor, size: int, weight: Tensor, name: str, layer: int) -> int:
+    """Raise unless u or v fits its weight; return its bytes."""
+    reach = check_memory(vector, weight.device, f"{name} of layer {layer}")
     if vector.dtype != weight.dtype:
         raise TypeError(f"{name} of layer {layer} is {_type(vector)}, expected {_type(weight)}")
     if vector.shape != (size,):
@@ -114,6 +111,7 @@ def check_vector(vector: Tensor, size: int, weight: Tensor, name: str, layer: in
         )
     if size > 1 and vector.stride(0) <= 0:
         raise ValueError(f"the elements of {name} of layer {layer} overlap in memory")
+    return reach
 
 
 def check_settings(n_power_iterations: int, eps: float, layer: int) -> None:
@@ -129,8 +127,8 @@ def check_settings(n_power_iterations: int, eps: float, layer: int) -> None:
 
 def check_flat(
     tensor: Tensor, size: int, dtype: torch.dtype, device: torch.device, name: str
-) -> None:
-    """Raise unless a tensor is a flat buffer of that size."""
+) -> int:
+    """Raise unless a tensor is a flat buffer of that size; return its bytes."""
     if (
         tensor.device != device
         or tensor.layout != torch.strided
@@ -142,7 +140,7 @@ def check_flat(
         raise ValueError(
             f"{name} must be a contiguous tensor on {device} of shape [{size}] and dtype {dtype}"
         )
-    check_memory(tensor, device, name)
+    return check_memory(tensor, device, name)
 
 
 class Overlaps:
@@ -151,12 +149,11 @@ class Overlaps:
     def __init__(self) -> None:
         self._spans: list[tuple[int, int, str, bool]] = []
 
-    def add(self, tensor: Tensor, name: str, written: bool) -> None:
-        """Note the memory of a tensor."""
-        if tensor.numel() > 0:
+    def add(self, tensor: Tensor, reach: int, name: str, written: bool) -> None:
+        """Note the memory of a tensor, so many bytes."""
+        if reach > 0:
             begin = tensor.data_ptr()
-            end = begin + reach(tensor) * tensor.element_size()
-            self._spans.append((begin, end, name, written))
+            self._spans.append((begin, begin + reach, name, written))
 
     def check(self) -> None:
         """Raise if a tensor that is written overlaps another one."""

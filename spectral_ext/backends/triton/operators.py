@@ -1,6 +1,7 @@
 """The operators: from tensors that may be anything to layers that the kernels can follow."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from .launch import Layer, run_backward, run_forward
 from .tables import LayerFacts, Shape
 
 __all__ = ["backward", "forward_"]
+
+shape_of = cache(Shape.of)
 
 
 def forward_(
@@ -47,18 +50,21 @@ def forward_(
     overlaps = Overlaps()
     place = 0
     for i, (weight, output, u, v) in enumerate(zip(weights, outputs, us, vs, strict=True)):
-        check_output(weight, device, dtype, i, "the weight")
-        check_same(output, weight, f"the output of layer {i}")
+        weight_name, output_name = f"the weight of layer {i}", f"the output of layer {i}"
+        overlaps.add(
+            weight, check_output(weight, device, dtype, i, "the weight"), weight_name, False
+        )
+        overlaps.add(output, check_same(output, weight, output_name), output_name, True)
         check_dense(output, i)
         check_settings(n_power_iterations[i], eps[i], i)
         dim = checked_dim(weight, dims[i], i)
         rows, columns = matrix_shape(weight, dim)
-        check_vector(u, rows, weight, "u", i)
-        check_vector(v, columns, weight, "v", i)
+        overlaps.add(u, check_vector(u, rows, weight, "u", i), f"u of layer {i}", update)
+        overlaps.add(v, check_vector(v, columns, weight, "v", i), f"v of layer {i}", update)
         # A weight in another order than its output is copied there first, and normalized in place.
         source = weight if weight.stride() == output.stride() else output
         facts = LayerFacts(
-            Shape.of(output.shape, output.stride(), dim),
+            shape_of(output.shape, output.stride(), dim),
             place,
             i,
             16 // weight.element_size(),
@@ -72,14 +78,8 @@ def forward_(
         addresses = (source.data_ptr(), output.data_ptr(), u.data_ptr(), v.data_ptr())
         layers.append(Layer(weight.dtype, facts, addresses))
         place += rows + columns
-        overlaps.add(weight, f"the weight of layer {i}", False)
-        overlaps.add(output, f"the output of layer {i}", True)
-        overlaps.add(u, f"u of layer {i}", update)
-        overlaps.add(v, f"v of layer {i}", update)
-    check_flat(saved, place, dtype, device, "saved")
-    check_flat(sigmas, count, dtype, device, "sigmas")
-    overlaps.add(saved, "saved", True)
-    overlaps.add(sigmas, "sigmas", True)
+    overlaps.add(saved, check_flat(saved, place, dtype, device, "saved"), "saved", True)
+    overlaps.add(sigmas, check_flat(sigmas, count, dtype, device, "sigmas"), "sigmas", True)
     overlaps.check()
 
     for weight, output in zip(weights, outputs, strict=True):
@@ -132,7 +132,7 @@ def backward(
         result = torch.empty_like(output)
         results.append(result)
         facts = LayerFacts(
-            Shape.of(output.shape, output.stride(), dims[i] % output.ndim),
+            shape_of(output.shape, output.stride(), dims[i] % output.ndim),
             places[i],
             i,
             16 // output.element_size(),
