@@ -56,9 +56,7 @@ def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
     function = getattr({"forward_kernels": forward_kernels}.get(module, backward_kernels), name)
     weight = getattr(torch, dtype)
     compute = torch.float64 if weight == torch.float64 else torch.float32
-    options = launch.constants_of(weight, compute)
-    warps = options.pop("num_warps")
-    constants = {**options, **constants}
+    constants = {**launch.constants_of(weight, compute), **constants}
     pointers = {"A": "fp64" if compute == torch.float64 else "fp32"}
     signature = {
         argument: "constexpr"
@@ -73,7 +71,7 @@ def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
     }
     source = ASTSource(function, signature, constants, aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps}
+        source, target=GPUTarget("cuda", sm, 32), options=launch.options_of(compute)
     )
     ptxas = Path(get_ptxas(sm).path)
     with tempfile.TemporaryDirectory() as folder:

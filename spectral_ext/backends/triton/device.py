@@ -35,9 +35,15 @@ CHUNKS = tl.constexpr(FIELDS.index("chunks"))
 
 
 @triton.jit
-def as_pointer(address, dtype: tl.constexpr):
-    """Return the pointer to elements of ``dtype`` that is kept as a number at ``address``."""
-    return tl.load(address).to(tl.pointer_type(dtype))
+def as_pointer(address, dtype: tl.constexpr, VECTORS: tl.constexpr = False):
+    """Return the pointer to elements of ``dtype`` that is kept as a number at ``address``.
+
+    The compiler is told here that it points to vectors: of what a function returns it forgets that.
+    """
+    result = tl.load(address).to(tl.pointer_type(dtype))
+    if VECTORS:
+        result = tl.multiple_of(result, 16)
+    return result
 
 
 @triton.jit

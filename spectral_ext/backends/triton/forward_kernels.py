@@ -78,9 +78,8 @@ def read_rows(
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
-    weight = as_pointer(addresses + WEIGHT, T)
+    weight = as_pointer(addresses + WEIGHT, T, VECTORS)
     if VECTORS:
-        weight = tl.multiple_of(weight, 16)
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
     r = tl.cast(tile, tl.int64) * R + tl.arange(0, R)
@@ -215,7 +214,7 @@ def half_step_kernel(
                               T, A, LANES, TILES[K][0], TILES[K][1], True)  # fmt: skip
                 else:
                     read_rows(facts, addresses, orders, vectors, sums, tile, step,
-                              T, A, LANES, TILES[K][0], TILES[K][1], False)  # fmt: skip
+                              T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
 
 
 @triton.jit
@@ -242,11 +241,9 @@ def divide_rows(
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
-    weight = as_pointer(addresses + WEIGHT, T)
-    output = as_pointer(addresses + OUTPUT, T)
+    weight = as_pointer(addresses + WEIGHT, T, VECTORS)
+    output = as_pointer(addresses + OUTPUT, T, VECTORS)
     if VECTORS:
-        weight = tl.multiple_of(weight, 16)
-        output = tl.multiple_of(output, 16)
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
     quotient_of = tl.where(sigma == 0, 1.0, sigma).to(A)

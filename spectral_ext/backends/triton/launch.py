@@ -18,7 +18,7 @@ from .backward_kernels import dot_kernel, gradient_kernel
 from .forward_kernels import divide_kernel, half_step_kernel
 from .tables import LayerFacts, Tables, backward_tables, forward_tables
 
-__all__ = ["Layer", "constants_of", "run_backward", "run_forward"]
+__all__ = ["Layer", "constants_of", "options_of", "run_backward", "run_forward"]
 
 
 class Layer(NamedTuple):
@@ -36,8 +36,10 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# More for float64, whose elements take two registers.
+# More warps for float64, whose elements take two registers. So many registers leave room for two
+# programs of float32 on a processor; without a limit the assembler spills some to make it three.
 _WARPS = {torch.float32: 8, torch.float64: 16}
+_REGISTERS = 128
 
 # Tables are never given up, since a CUDA graph may hold their addresses.
 _tables: dict[Any, Tables] = {}
@@ -110,7 +112,7 @@ class _Group:
         self.pointers = _upload(torch.tensor(addresses, dtype=torch.int64), device)
         self.vectors = torch.empty(self.tables.vectors, dtype=dtype, device=device)
         self.sums = torch.empty(self.tables.sums, dtype=torch.float64, device=device)
-        self.constants = constants_of(layers[0].dtype, dtype)
+        self.constants = {**constants_of(layers[0].dtype, dtype), **options_of(dtype)}
 
 
 def constants_of(dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -119,8 +121,12 @@ def constants_of(dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, An
         "T": _DTYPES[dtype],
         "A": _DTYPES[compute_dtype],
         "LANES": 16 // dtype.itemsize,
-        "num_warps": _WARPS[compute_dtype],
     }
+
+
+def options_of(compute_dtype: torch.dtype) -> dict[str, int]:
+    """Return how the kernels are compiled."""
+    return {"num_warps": _WARPS[compute_dtype], "maxnreg": _REGISTERS}
 
 
 def _by_dtype(layers: Sequence[Layer]) -> list[list[Layer]]:

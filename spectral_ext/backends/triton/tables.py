@@ -34,7 +34,7 @@ __all__ = [
 TILE_SIZES = ((128, 32), (32, 128), (8, 512))
 WIDEST = (64, 2048, 2**62)
 # The same where columns are added up: rows of shares, or of the weight itself.
-CHUNK_SIZES = ((128, 32), (32, 128), (32, 128))
+CHUNK_SIZES = ((64, 32), (16, 128), (16, 128))
 
 # One row of the table of layers; places are in elements.
 FIELDS = (
