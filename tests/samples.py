@@ -44,10 +44,10 @@ SMALL_SHAPES = [
     ((9, 1), 0),
     ((6, 1, 5, 1, 3), 4),
     ((8, 3, 3, 4), 0),
-    ((137, 36), 0),  # two narrow tiles, each of two steps
+    ((137, 40), 0),  # two narrow tiles, each of two steps
     ((37, 20, 2, 4), 1),
-    ((41, 140), 0),  # two tiles of middling width
-    ((9, 2051), 0),  # two wide ones
+    ((41, 144), 0),  # two tiles of middling width
+    ((9, 2056), 0),  # two wide ones
 ]
 LAYOUTS = ("contiguous", "channels_last", "reversed", "strided", "expanded", "offset")
 

@@ -27,6 +27,7 @@ from test_numeric import (  # noqa: F401  (run here with the backend of this fil
     test_zero_sigma_of_a_weight_that_is_not_zero,
     test_zero_weight,
 )
+from torch.nn.utils.parametrizations import spectral_norm
 
 from spectral_ext import backends, fuse
 from spectral_ext.functional import spectral_normalize
@@ -290,7 +291,6 @@ def test_more_than_2_to_the_31_elements():
 
 def test_fused_module():
     """A whole model on the device, against the same on the CPU."""
-    from torch.nn.utils.parametrizations import spectral_norm
 
     def model():
         torch.manual_seed(0)
@@ -311,6 +311,28 @@ def test_fused_module():
         torch.testing.assert_close(b.cpu(), a, msg=name, **close)
     for a, b in zip(here.parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_with_cuda_graphs():
+    """The first call comes while memory is allocated for a graph: what stays must not be there."""
+
+    def model():
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(37, 41), torch.nn.Linear(41, 5)]
+        return torch.nn.Sequential(*(spectral_norm(layer) for layer in layers)).cuda()
+
+    eager, net = model(), model()
+    for each in (eager, net):
+        fuse(each)
+    compiled = torch.compile(net, mode="reduce-overhead")
+    torch.use_deterministic_algorithms(False)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(3, 37, device="cuda")
+        compiled(x).square().sum().backward()
+        eager(x).square().sum().backward()
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3)
 
 
 # ---- Bad input

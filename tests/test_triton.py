@@ -21,8 +21,6 @@ from spectral_ext import backends
 if backends.unavailable("triton", torch.device("cpu")) is not None:
     pytest.skip(backends.unavailable("triton", torch.device("cpu")), allow_module_level=True)
 
-from triton import knobs
-
 from spectral_ext.backends import triton
 from spectral_ext.backends.triton import launch, tables
 from spectral_ext.backends.triton.tables import CHUNK_SIZES, TILE_SIZES, LayerFacts, Shape
@@ -191,7 +189,6 @@ def test_extreme_scales(order, exponent):
     """Here t·row leaves the range of float: shares are multiples of a power of two near t."""
     layer = samples.layer((150, 70), dtype=torch.float64, eps=1e-305, order=order)
     layer.weight[:128] = 0  # a tile of rows without a scale of its own
-    truth = samples.layer((1, 1))
     scaled = layer.to(torch.float32)
     scaled.weight = (layer.weight * 10.0**exponent).float()
     normalized, _ = normalize([scaled], backend="triton")
@@ -212,7 +209,7 @@ def test_the_interpreter_computes_on_cpu_tensors_only():
 @pytest.fixture
 def with_gpu(monkeypatch):
     """As if there were a GPU and no interpreter; returns a function that sets what it is."""
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     triton._why_not_started.cache_clear()
@@ -256,6 +253,22 @@ def test_reasons(with_gpu, monkeypatch):
     assert "no CUDA device" in triton.unavailable(None)
 
 
+def test_rocm_and_old_versions(with_gpu, monkeypatch):
+    with_gpu((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in triton.unavailable(CUDA)
+    monkeypatch.setattr(triton.triton, "__version__", "3.5.1")
+    assert "here is 3.5.1" in triton.unavailable(CUDA)
+
+
+def test_zero_weight_with_the_smallest_eps():
+    """The scale of a tile of zeros is divided by eps."""
+    layer = samples.layer((6, 4), eps=1e-40)
+    layer.weight.zero_()
+    (normalized,), sigmas = normalize([layer], backend="triton")
+    assert normalized.eq(0).all() and sigmas.eq(0).all()
+
+
 def test_without_triton():
     script = """
 import sys
@@ -263,7 +276,8 @@ sys.modules["triton"] = None
 import torch
 from spectral_ext import backends
 print(backends.unavailable("triton"))
-print(backends.select(None, torch.device("meta")).__name__)
+torch.cuda.is_available = lambda: False
+print(backends.select(None, torch.device("cuda", 0)).__name__)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

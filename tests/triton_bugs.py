@@ -54,8 +54,8 @@ OTHER = [
     ("forward_kernels", "c = last - back + tl.arange(0, C)", "c = last + tl.arange(0, C)"),
     ("forward_kernels", "| (sigma == 0)", ""),
     ("forward_kernels", "tl.where(sigma == 0, 1.0, sigma)", "sigma"),
-    ("forward_kernels", "return tl.where(bits == 0, 1.0, bits.to(A, bitcast=True))",
-     "return bits.to(A, bitcast=True)"),
+    ("forward_kernels", "tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)",
+     "x.to(tl.int32, bitcast=True) & 0x7F800000"),
     ("backward_kernels", "- along_u[:, None] * v[None, :]", ""),
     ("backward_kernels", "coefficient -= tl.load", "coefficient += tl.load"),
     ("backward_kernels", "tl.where(sigma == 0, 0.0, along * factor)", "along * factor"),
@@ -75,7 +75,10 @@ def bugs():
             line = source.count("\n", 0, store.start()) + 1
             changed = source[: store.start()] + store[1] + "pass" + source[store.end() :]
             yield f"{name}:{line} no store", name, changed
-        for mask in re.finditer(r", mask=[\w &]+(, other=0(\.0)?)?", source):
+        masks = list(re.finditer(r", mask=\w+(, other=0(\.0)?)?", source))
+        assert len(masks) == source.count("mask=")
+        assert len(re.findall(r"^ +tl\.store\(", source, re.M)) == source.count("tl.store(")
+        for mask in masks:
             line = source.count("\n", 0, mask.start()) + 1
             changed = source[: mask.start()] + source[mask.end() :]
             yield f"{name}:{line} no mask", name, changed

@@ -17,11 +17,13 @@ try:
     from triton import knobs
 
     from . import operators
-except ImportError as error:
+except Exception as error:  # whatever an installation has to say
     triton = None
     _IMPORT_ERROR = error
 else:
-    _KEY = "CPU" if knobs.runtime.interpret else "CUDA"
+    # What it is when the kernels are made, and not what the environment says later.
+    _INTERPRETED = knobs.runtime.interpret
+    _KEY = "CPU" if _INTERPRETED else "CUDA"
     LIBRARY.impl("triton_forward_", operators.forward_, _KEY)
     LIBRARY.impl("triton_backward", operators.backward, _KEY)
 
@@ -37,7 +39,9 @@ def unavailable(device: torch.device | None) -> str | None:
     """Return None if it can run on ``device``, else why not."""
     if triton is None:
         return f"triton cannot be imported ({_IMPORT_ERROR}); pip install 'triton>=3.6'"
-    if knobs.runtime.interpret:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _VERSION:
+        return f"it needs triton 3.6 or later, and here is {triton.__version__}"
+    if _INTERPRETED:
         if device is not None and device.type != "cpu":
             return f"TRITON_INTERPRET is set: it computes on CPU tensors, not on {device.type}"
         return None
@@ -46,6 +50,8 @@ def unavailable(device: torch.device | None) -> str | None:
             f"it computes on CUDA tensors, not on {device.type}; "
             "in Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors"
         )
+    if torch.version.hip is not None:
+        return "this torch is a build with ROCm, for which the kernels are not made"
     if not torch.cuda.is_available():
         return "there is no CUDA device, or no driver for it"
     devices = range(torch.cuda.device_count()) if device is None else [device]
@@ -56,6 +62,7 @@ def unavailable(device: torch.device | None) -> str | None:
     return _why_not_started()
 
 
+_VERSION = (3, 6)
 _CAPABILITY = (8, 0)
 
 

@@ -71,7 +71,8 @@ def total(sums, count):
     result = tl.zeros([128], tl.float64)
     for begin in range(0, count, 128):
         i = begin + tl.arange(0, 128)
-        result += tl.load(sums + i, mask=i < count, other=0.0)
+        exist = i < count
+        result += tl.load(sums + i, mask=exist, other=0.0)
     return tl.sum(result, axis=0)
 
 

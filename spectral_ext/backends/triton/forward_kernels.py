@@ -60,12 +60,12 @@ WEIGHT, OUTPUT, LEFT, RIGHT = (tl.constexpr(place) for place in range(4))
 
 @triton.jit
 def power_of_two(x, A: tl.constexpr):
-    """Return the power of two at or below ``x ≥ 0``, its exponent alone; 1 for what is not normal."""
+    """Return the power of two at or below ``x ≥ 0``, its exponent alone; at least the smallest normal one."""
     if A == tl.float32:
-        bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+        bits = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
     else:
-        bits = x.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-    return tl.where(bits == 0, 1.0, bits.to(A, bitcast=True))
+        bits = tl.maximum(x.to(tl.int64, bitcast=True) & 0x7FF0000000000000, 0x0010000000000000)
+    return bits.to(A, bitcast=True)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ one piece, which the host does not wait for.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from threading import RLock
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ _REGISTERS = 128
 
 # Tables are never given up, since a CUDA graph may hold their addresses.
 _tables: dict[Any, Tables] = {}
-# Memory of the host that replays of a CUDA graph read again.
+# Memory of the host that replays of CUDA graphs read again; nothing tells when there are none any more.
+_pinned_tables: dict[Any, Tables] = {}
 _captured: list[Tensor] = []
 # The interpreter keeps in globals what a program is.
 _interpreter = RLock()
@@ -147,10 +149,23 @@ def _cached(
     if tables is None:
         if _is_capturing(device):
             # What a graph copies is there when it runs, and not yet for calls outside of it.
-            return make(facts).moved_by(lambda table: _upload(table, device))
-        # Waits for the copy: the next call may come on another stream.
-        tables = _tables[key] = make(facts).moved_by(lambda table: table.to(device))
+            if key not in _pinned_tables:
+                _pinned_tables[key] = make(facts).moved_by(Tensor.pin_memory)
+            return _pinned_tables[key].moved_by(lambda host: host.to(device, non_blocking=True))
+        tables = _tables[key] = make(facts).moved_by(lambda table: _kept(table, device))
     return tables
+
+
+def _kept(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to memory of the device that stays.
+
+    By another thread: this one may be allocating from the pool of a CUDA graph that is to be. Waits for
+    the copy, since the next call may come on another stream.
+    """
+    if device.type == "cpu":
+        return host
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(lambda: host.to(device)).result()
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:

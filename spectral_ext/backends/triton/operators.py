@@ -28,6 +28,7 @@ __all__ = ["backward", "forward_"]
 shape_of = cache(Shape.of)
 
 
+@torch.no_grad()
 def forward_(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -91,6 +92,7 @@ def forward_(
         torch.autograd.graph.increment_version(written)
 
 
+@torch.no_grad()
 def backward(
     grad_outputs: Sequence[Tensor | None],
     grad_sigmas: Tensor | None,

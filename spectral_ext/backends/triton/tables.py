@@ -4,9 +4,10 @@ A layer is seen as outer × rows × inner, as in ``csrc/layer.h``: column ``c = 
 the order of memory, and ``orders`` says where it stands in ``v`` where that is another order.
 
 A program works on one tile of one layer: whole rows, or a chunk of columns from the first row to the
-last. Tiles have fixed sizes, so that partial sums, and with them the bits of a result, depend on
-shapes alone. A launch of the CUDA backend cuts its work into tickets of equal bytes instead, because
-its CTAs stay; here the device hands out programs, and evens out what is unequal.
+last. Tiles have fixed sizes, so that partial sums, and with them the bits of a result, depend on the
+layer alone: its shape, its strides, and whether its memory begins at a multiple of 16 bytes. A launch
+of the CUDA backend cuts its work into tickets of equal bytes instead, because its CTAs stay; here the
+device hands out programs, and evens out what is unequal.
 """
 
 import struct
