@@ -261,6 +261,14 @@ def test_rocm_and_old_versions(with_gpu, monkeypatch):
     assert "here is 3.5.1" in triton.unavailable(CUDA)
 
 
+def test_an_interpreter_that_is_broken(monkeypatch):
+    monkeypatch.setattr(triton.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton.metadata, "version", lambda name: "2.4.1")
+    assert "wants numpy<2.4" in triton.unavailable(CPU)
+    monkeypatch.setattr(triton.metadata, "version", lambda name: "2.3.5")
+    assert triton.unavailable(CPU) is None
+
+
 def test_zero_weight_with_the_smallest_eps():
     """The scale of a tile of zeros is divided by eps."""
     layer = samples.layer((6, 4), eps=1e-40)

@@ -6,6 +6,7 @@ is how they are tested without a GPU.
 """
 
 from functools import cache
+from importlib import metadata
 
 import torch
 
@@ -39,9 +40,12 @@ def unavailable(device: torch.device | None) -> str | None:
     """Return None if it can run on ``device``, else why not."""
     if triton is None:
         return f"triton cannot be imported ({_IMPORT_ERROR}); pip install 'triton>=3.6'"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _VERSION:
+    version = _number(triton.__version__)
+    if version < (3, 6):
         return f"it needs triton 3.6 or later, and here is {triton.__version__}"
     if _INTERPRETED:
+        if version < (3, 7) and _number(metadata.version("numpy")) >= (2, 4):
+            return f"the interpreter of triton {triton.__version__} wants numpy<2.4"
         if device is not None and device.type != "cpu":
             return f"TRITON_INTERPRET is set: it computes on CPU tensors, not on {device.type}"
         return None
@@ -62,8 +66,12 @@ def unavailable(device: torch.device | None) -> str | None:
     return _why_not_started()
 
 
-_VERSION = (3, 6)
 _CAPABILITY = (8, 0)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 @cache
