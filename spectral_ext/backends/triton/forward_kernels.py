@@ -246,7 +246,7 @@ def divide_rows(
     if VECTORS:
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
-    quotient_of = tl.where(sigma == 0, 1.0, sigma).to(A)
+    by = tl.where(sigma == 0, 1.0, sigma).to(A)
     r = tl.cast(tile, tl.int64) * R + tl.arange(0, R)
     there = r < rows
     first = r * inner
@@ -255,7 +255,7 @@ def divide_rows(
         mask = there[:, None] & (c < columns)[None, :]
         offset = first[:, None] + in_memory(c, rows, inner, VECTORS)[None, :]
         x = tl.load(weight + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(A)
-        tl.store(output + offset, divide(x, quotient_of, A).to(T), mask=mask)
+        tl.store(output + offset, divide(x, by, A).to(T), mask=mask)
 
 
 @triton.jit
