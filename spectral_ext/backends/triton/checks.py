@@ -17,9 +17,9 @@ __all__ = [
     "check_count",
     "check_flat",
     "check_memory",
-    "check_output",
     "check_same",
     "check_settings",
+    "check_tensor",
     "check_vector",
     "checked_dim",
     "common_dtype",
@@ -58,7 +58,7 @@ def check_memory(tensor: Tensor, device: torch.device, name: str) -> int:
     return count * tensor.element_size()
 
 
-def check_output(
+def check_tensor(
     tensor: Tensor, device: torch.device, dtype: torch.dtype, layer: int, name: str
 ) -> int:
     """Raise unless a tensor has a dtype and a place that the kernels know; return its bytes."""

@@ -13,9 +13,9 @@ from .checks import (
     check_dense,
     check_flat,
     check_memory,
-    check_output,
     check_same,
     check_settings,
+    check_tensor,
     check_vector,
     checked_dim,
     common_dtype,
@@ -53,7 +53,7 @@ def forward_(
     for i, (weight, output, u, v) in enumerate(zip(weights, outputs, us, vs, strict=True)):
         weight_name, output_name = f"the weight of layer {i}", f"the output of layer {i}"
         overlaps.add(
-            weight, check_output(weight, device, dtype, i, "the weight"), weight_name, False
+            weight, check_tensor(weight, device, dtype, i, "the weight"), weight_name, False
         )
         overlaps.add(output, check_same(output, weight, output_name), output_name, True)
         check_dense(output, i)
@@ -109,7 +109,7 @@ def backward(
     places = []
     place = 0
     for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
-        check_output(output, device, dtype, i, "the output")
+        check_tensor(output, device, dtype, i, "the output")
         check_dense(output, i)
         places.append(place)
         place += sum(matrix_shape(output, checked_dim(output, dims[i], i)))
