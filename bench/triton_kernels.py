@@ -7,6 +7,7 @@ own, in which no interpreter was asked for and nothing was imported that reads i
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -50,10 +51,10 @@ def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
     from triton.compiler import ASTSource
 
     from bench.kernels import PTXAS, RESOURCES, loads_of
-    from spectral_ext.backends.triton import backward_kernels, forward_kernels, launch
+    from spectral_ext.backends.triton import launch
 
     module, name, constants = KERNELS[kernel]
-    function = getattr({"forward_kernels": forward_kernels}.get(module, backward_kernels), name)
+    function = getattr(importlib.import_module(f"spectral_ext.backends.triton.{module}"), name)
     weight = getattr(torch, dtype)
     compute = torch.float64 if weight == torch.float64 else torch.float32
     constants = {**launch.constants_of(weight, compute), **constants}
