@@ -27,9 +27,9 @@ demo: $(VENV)/installed  ## train a GAN on digits twice, stock and fused (DEMO_A
 test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS)
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
-	$(BIN)/python bench/plot.py
+bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS), or AGAINST=a commit
+	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\
+	  $(BIN)/python bench/run.py $(BENCH_ARGS) && $(BIN)/python bench/plot.py)
 
 gpu:  ## build, test and measure on the NVIDIA GPU here, in 8 minutes (DRY_RUN=1 without a GPU)
 	$(GPU_PYTHON) bench/gpu/run.py $(if $(DRY_RUN),--dry-run)

@@ -35,11 +35,11 @@ KERNELS = {
 ARGUMENTS = {
     **dict.fromkeys(("layers", "orders", "pointers"), "*i64"),
     "tiles": "*i32",
-    "step": "i32",
+    **dict.fromkeys(("step", "count"), "i32"),
     "sums": "*fp64",
-    **dict.fromkeys(("vectors", "saved", "sigmas", "grad_sigmas"), "*A"),
+    **dict.fromkeys(("vectors", "saved", "sigmas", "convergence", "grad_sigmas"), "*A"),
 }
-UNALIGNED = ("saved", "sigmas", "grad_sigmas")
+UNALIGNED = ("saved", "sigmas", "convergence", "grad_sigmas")
 
 
 def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:

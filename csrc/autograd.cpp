@@ -28,31 +28,47 @@ using torch::autograd::variable_list;
 using Gradients = c10::List<std::optional<Tensor>>;
 using Backward = std::vector<Tensor>(const Gradients&, const std::optional<Tensor>&, TensorList,
                                      const Tensor&, const Tensor&, at::IntArrayRef,
-                                     const c10::List<bool>&);
+                                     at::ArrayRef<double>, const c10::List<bool>&,
+                                     const c10::List<bool>&, const c10::List<bool>&);
+
+/// What the layers of a node are normalized to; see reference.py.
+struct Targets {
+  std::vector<int64_t> dims;
+  std::vector<double> scales;
+  c10::List<bool> soft, detach_sigma;
+};
 
 /// The operator spectral_ext::backward of whatever device the tensors are on.
 std::vector<Tensor> backward(const Gradients& grad_outputs,
                              const std::optional<Tensor>& grad_sigmas, TensorList outputs,
-                             const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+                             const Tensor& saved, const Tensor& sigmas, const Targets& targets,
                              const c10::List<bool>& mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("spectral_ext::backward", "")
                              .typed<Backward>();
-  return op.call(grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask);
+  return op.call(grad_outputs, grad_sigmas, outputs, saved, sigmas, targets.dims, targets.scales,
+                 targets.soft, targets.detach_sigma, mask);
 }
 
 /// spectral_ext/reference.py's backward: made of differentiable operations that vmap knows too.
 Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sigma,
                                const Tensor& output, const Tensor& sigma, const Tensor& u,
-                               const Tensor& v, int64_t dim) {
+                               const Tensor& v, const Targets& targets, size_t layer) {
   const auto dtype = sigma.scalar_type();
+  const int64_t dim = targets.dims[layer];
+  const double scale = targets.scales[layer];
   const Tensor rank_one = at::outer(u, v).reshape(output.movedim(dim, 0).sizes()).movedim(0, dim);
-  const Tensor is_zero = sigma == 0, divisor = at::where(is_zero, 1, sigma);
   Tensor total = at::zeros_like(rank_one);
   if (grad_output.defined()) {
     const Tensor grad = grad_output.to(dtype);
-    const Tensor along = at::where(is_zero, 0, (grad * output.to(dtype)).sum() / divisor);
-    total = total + grad / divisor - along * rank_one;
+    const bool detach = targets.detach_sigma[layer];
+    const Tensor is_left_alone = targets.soft[layer] ? sigma <= scale : sigma == 0;
+    const Tensor factor = detach ? sigma.detach() : sigma;
+    total = total + grad / at::where(is_left_alone, 1, factor / scale);
+    if (!detach) {
+      const Tensor along = (grad * output.to(dtype)).sum() / at::where(is_left_alone, 1, sigma);
+      total = total - at::where(is_left_alone, 0, along) * rank_one;
+    }
   }
   if (grad_sigma.defined()) total = total + grad_sigma * rank_one;
   return total.to(output.scalar_type());
@@ -68,7 +84,7 @@ bool is_batched(const Tensor& tensor) {
 struct Computation {
   TensorList outputs;
   const Tensor &saved, &sigmas;
-  at::IntArrayRef dims;
+  Targets targets;
   std::vector<bool> needed;  // the layers whose weights require a gradient
 };
 
@@ -91,7 +107,11 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     saved.push_back(computation.saved);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["dims"] = computation.dims;
+    const Targets& targets = computation.targets;
+    ctx->saved_data["dims"] = targets.dims;
+    ctx->saved_data["scales"] = targets.scales;
+    ctx->saved_data["soft"] = targets.soft;
+    ctx->saved_data["detach_sigma"] = targets.detach_sigma;
     ctx->saved_data["needed"] = std::move(needed);
     return results;
   }
@@ -102,7 +122,9 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     outputs.pop_back();
     const Tensor sigmas = std::move(outputs.back());
     outputs.pop_back();
-    const std::vector<int64_t> dims = ctx->saved_data["dims"].toIntVector();
+    const Targets targets{
+        ctx->saved_data["dims"].toIntVector(), ctx->saved_data["scales"].toDoubleVector(),
+        ctx->saved_data["soft"].toBoolList(), ctx->saved_data["detach_sigma"].toBoolList()};
     const c10::List<bool> needed = ctx->saved_data["needed"].toBoolList();
 
     const Tensor& grad_sigmas = grads.back();
@@ -125,11 +147,11 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
       ++next;
     }
     const variable_list found =
-        as_operations ? operations(grads, outputs, saved, sigmas, dims, needed, mask)
+        as_operations ? operations(grads, outputs, saved, sigmas, targets, needed, mask)
                       : spectral_ext::backward(
                             grad_outputs,
                             grad_sigmas.defined() ? std::make_optional(grad_sigmas) : std::nullopt,
-                            outputs, saved, sigmas, dims, mask);
+                            outputs, saved, sigmas, targets, mask);
     variable_list grad_weights;
     grad_weights.reserve(next + 1);
     size_t place = 0;
@@ -143,21 +165,20 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
  private:
   /// The same by torch's operations.
   static variable_list operations(const variable_list& grads, const variable_list& outputs,
-                                  const Tensor& saved, const Tensor& sigmas,
-                                  const std::vector<int64_t>& dims, const c10::List<bool>& needed,
-                                  const c10::List<bool>& mask) {
+                                  const Tensor& saved, const Tensor& sigmas, const Targets& targets,
+                                  const c10::List<bool>& needed, const c10::List<bool>& mask) {
     variable_list found;
     int64_t begin = 0;
     size_t next = 0;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      const int64_t rows = outputs[i].size(dims[i]), columns = outputs[i].numel() / rows;
+      const int64_t rows = outputs[i].size(targets.dims[i]), columns = outputs[i].numel() / rows;
       if (mask[i]) {
         const Tensor& grad_sigmas = grads.back();
         const auto place = static_cast<int64_t>(i);
         found.push_back(differentiable_backward(
             grads[next], grad_sigmas.defined() ? grad_sigmas.select(0, place) : Tensor(),
             outputs[i], sigmas.select(0, place), saved.narrow(0, begin, rows),
-            saved.narrow(0, begin + rows, columns), dims[i]));
+            saved.narrow(0, begin + rows, columns), targets, i));
       }
       next += needed[i];
       begin += rows + columns;
@@ -170,11 +191,14 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
 
 std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList outputs,
                                                const Tensor& saved, const Tensor& sigmas,
-                                               at::IntArrayRef dims) {
+                                               at::IntArrayRef dims, at::ArrayRef<double> scales,
+                                               const c10::List<bool>& soft,
+                                               const c10::List<bool>& detach_sigma) {
   const size_t count = weights.size();
-  TORCH_CHECK_VALUE(outputs.size() == count && dims.size() == count,
-                    "weights, outputs and dims must be as many: ", count, ", ", outputs.size(),
-                    " and ", dims.size());
+  TORCH_CHECK_VALUE(outputs.size() == count && dims.size() == count && scales.size() == count &&
+                        soft.size() == count && detach_sigma.size() == count,
+                    "outputs, dims, scales, soft and detach_sigma must each have ", count,
+                    " entries, as weights has");
   int64_t saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(outputs[i].sizes() == weights[i].sizes(), "the output of layer ", i,
@@ -187,7 +211,8 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
                         sigmas.size(0) == static_cast<int64_t>(count),
                     "saved and sigmas must have shapes [", saved_size, "] and [", count, "]");
 
-  Computation computation{outputs, saved, sigmas, dims, {}};
+  Computation computation{
+      outputs, saved, sigmas, {dims.vec(), scales.vec(), soft, detach_sigma}, {}};
   std::vector<Tensor> needed, results(outputs.begin(), outputs.end());
   needed.reserve(count);
   for (const Tensor& weight : weights) {

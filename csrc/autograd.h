@@ -1,6 +1,7 @@
 // The autograd node of a computation; see autograd.cpp.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
@@ -10,10 +11,9 @@ namespace spectral_ext {
 
 /// The outputs and sigmas of a forward as differentiable functions of the weights. What belongs to
 /// weights that require no gradient stays out of the graph.
-std::tuple<std::vector<at::Tensor>, at::Tensor> attach(at::TensorList weights,
-                                                       at::TensorList outputs,
-                                                       const at::Tensor& saved,
-                                                       const at::Tensor& sigmas,
-                                                       at::IntArrayRef dims);
+std::tuple<std::vector<at::Tensor>, at::Tensor> attach(
+    at::TensorList weights, at::TensorList outputs, const at::Tensor& saved,
+    const at::Tensor& sigmas, at::IntArrayRef dims, at::ArrayRef<double> scales,
+    const c10::List<bool>& soft, const c10::List<bool>& detach_sigma);
 
 }  // namespace spectral_ext

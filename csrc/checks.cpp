@@ -62,8 +62,10 @@ void check_same(const Tensor& tensor, const Tensor& like, const char* name, size
 void check_vector(const Tensor& vector, int64_t size, const Tensor& weight, const char* name,
                   size_t layer) {
   check_memory(vector, weight.device(), name, layer);
-  TORCH_CHECK_TYPE(vector.scalar_type() == weight.scalar_type(), name, " of layer ", layer, " is ",
-                   vector.scalar_type(), ", expected ", weight.scalar_type());
+  const at::ScalarType wide = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(vector.scalar_type() == weight.scalar_type() || vector.scalar_type() == wide,
+                   name, " of layer ", layer, " is ", vector.scalar_type(), ", expected ",
+                   weight.scalar_type(), wide == weight.scalar_type() ? "" : " or Float");
   TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size, name, " of layer ", layer,
                     " must have shape [", size, "], got ", vector.sizes());
   TORCH_CHECK_VALUE(size <= 1 || vector.stride(0) > 0, "the elements of ", name, " of layer ",
@@ -180,6 +182,17 @@ int64_t checked_dim(const Tensor& weight, int64_t dim, size_t layer) {
   return dim < 0 ? dim + weight.dim() : dim;
 }
 
+void check_target(double scale, size_t layer) {
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "scale of layer ", layer, " is ", scale,
+                    ", expected a positive number");
+}
+
+/// Whether a weight and its output are one tensor.
+bool are_same(const Tensor& weight, const Tensor& output) {
+  return weight.const_data_ptr() == output.const_data_ptr() &&
+         weight.strides() == output.strides() && weight.sizes() == output.sizes();
+}
+
 void check_count(size_t found, size_t expected, const char* name) {
   TORCH_CHECK_VALUE(found == expected, name, " has ", found, " entries for ", expected, " layers");
 }
@@ -223,9 +236,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at:
 
 std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorList us,
                                  TensorList vs, TensorList outputs, const Tensor& saved,
-                                 const Tensor& sigmas, at::IntArrayRef dims,
-                                 at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
-                                 const c10::List<bool>& v_first, bool update) {
+                                 const Tensor& sigmas, const Tensor& convergence,
+                                 at::IntArrayRef dims, at::IntArrayRef n_power_iterations,
+                                 at::ArrayRef<double> eps, const c10::List<bool>& v_first,
+                                 at::ArrayRef<double> tols, at::ArrayRef<double> scales,
+                                 const c10::List<bool>& soft, bool update) {
   const size_t count = weights.size();
   check_count(us.size(), count, "us");
   check_count(vs.size(), count, "vs");
@@ -234,10 +249,13 @@ std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorLi
   check_count(n_power_iterations.size(), count, "n_power_iterations");
   check_count(eps.size(), count, "eps");
   check_count(v_first.size(), count, "v_first");
+  check_count(tols.size(), count, "tols");
+  check_count(scales.size(), count, "scales");
+  check_count(soft.size(), count, "soft");
 
   const at::ScalarType dtype = compute_dtype(weights);
   std::vector<Layer> layers(count);
-  Overlaps overlaps(4 * count + 2);
+  Overlaps overlaps(4 * count + 3);
   int64_t saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &weight = weights[i], &output = outputs[i];
@@ -254,24 +272,37 @@ std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorLi
         std::numeric_limits<int>::max());
     TORCH_CHECK_VALUE(eps[i] > 0 && std::isfinite(eps[i]), "eps of layer ", i, " is ", eps[i],
                       ", expected a positive number");
+    TORCH_CHECK_VALUE(tols[i] >= 0 && std::isfinite(tols[i]), "tol of layer ", i, " is ", tols[i],
+                      ", expected a number that is not negative");
+    check_target(scales[i], i);
     // A weight in another order than its output is copied into the output and normalized there.
     layer.shape = describe(output, checked_dim(weight, dims[i], i), i);
     check_vector(us[i], layer.shape.rows, weight, "u", i);
     check_vector(vs[i], layer.shape.columns(), weight, "v", i);
+    TORCH_CHECK_TYPE(us[i].scalar_type() == vs[i].scalar_type(), "u and v of layer ", i, " are ",
+                     us[i].scalar_type(), " and ", vs[i].scalar_type(), ", expected one type");
+    layer.wide_vectors = us[i].scalar_type() != weight.scalar_type();
     layer.v_first = v_first[i];
     layer.n_power_iterations = static_cast<int>(n_power_iterations[i]);
     layer.eps = eps[i];
+    layer.tol = tols[i];
+    layer.scale = scales[i];
+    layer.soft = soft[i];
     layer.u_stride = us[i].stride(0);
     layer.v_stride = vs[i].stride(0);
     saved_size += layer.shape.rows + layer.shape.columns();
-    overlaps.add(weight, "the weight", i, false);
+    if (!are_same(weight, output)) overlaps.add(weight, "the weight", i, false);
     overlaps.add(output, "the output", i, true);
     overlaps.add(us[i], "u", i, update);
     overlaps.add(vs[i], "v", i, update);
   }
   check_flat(saved, saved_size, dtype, device, "saved");
   check_flat(sigmas, static_cast<int64_t>(count), dtype, device, "sigmas");
+  const bool is_wanted = convergence.numel() > 0;
+  check_flat(convergence, is_wanted ? 2 * static_cast<int64_t>(count) : 0, dtype, device,
+             "convergence");
   overlaps.add(saved, "saved", 0, true);
+  overlaps.add(convergence, "convergence", 0, true);
   overlaps.add(sigmas, "sigmas", 0, true);
   overlaps.check();
 
@@ -288,7 +319,13 @@ std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorLi
     layer.u_saved = next_saved;
     layer.v_saved = next_saved + layer.shape.rows * size;
     next_saved += (layer.shape.rows + layer.shape.columns()) * size;
-    layer.sigma = static_cast<char*>(sigmas.mutable_data_ptr()) + static_cast<int64_t>(i) * size;
+    const auto place = static_cast<int64_t>(i) * size;
+    layer.sigma = static_cast<char*>(sigmas.mutable_data_ptr()) + place;
+    layer.residual = layer.iterations = nullptr;
+    if (is_wanted) {
+      layer.residual = static_cast<char*>(convergence.mutable_data_ptr()) + place;
+      layer.iterations = static_cast<char*>(layer.residual) + static_cast<int64_t>(count) * size;
+    }
   }
   return layers;
 }
@@ -304,10 +341,15 @@ void bump_versions(TensorList us, TensorList vs) {
 Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor>>& grad_outputs,
                          const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                          const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                         const c10::List<bool>& mask, EmptyOutput* empty_output) {
+                         at::ArrayRef<double> scales, const c10::List<bool>& soft,
+                         const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
+                         EmptyOutput* empty_output) {
   const size_t count = outputs.size();
   check_count(grad_outputs.size(), count, "grad_outputs");
   check_count(dims.size(), count, "dims");
+  check_count(scales.size(), count, "scales");
+  check_count(soft.size(), count, "soft");
+  check_count(detach_sigma.size(), count, "detach_sigma");
   check_count(mask.size(), count, "mask");
   const at::ScalarType dtype = compute_dtype(outputs);
 
@@ -321,6 +363,7 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
                       " must be dense and must not overlap itself");
     shapes.push_back(describe(outputs[i], checked_dim(outputs[i], dims[i], i), i));
     saved_size += shapes[i].rows + shapes[i].columns();
+    check_target(scales[i], i);
     const std::optional<Tensor> grad = grad_outputs[i];
     if (grad.has_value() && grad->defined()) check_same(*grad, outputs[i], "the gradient", i);
   }
@@ -342,6 +385,9 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
     if (!mask[i]) continue;
     LayerGradient layer{shapes[i],
                         element,
+                        scales[i],
+                        soft[i],
+                        detach_sigma[i],
                         nullptr,
                         nullptr,
                         outputs[i].const_data_ptr(),

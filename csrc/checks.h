@@ -28,12 +28,15 @@ using EmptyOutput = Tensor(const Tensor& weight);
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims,
                                                          EmptyOutput* empty_output);
 
-/// The layers of a forward. A weight in another order than its output is copied there.
+/// The layers of a forward. A weight in another order than its output is copied there. An output
+/// may be the weight itself.
 std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorList us,
                                  TensorList vs, TensorList outputs, const Tensor& saved,
-                                 const Tensor& sigmas, at::IntArrayRef dims,
-                                 at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
-                                 const c10::List<bool>& v_first, bool update);
+                                 const Tensor& sigmas, const Tensor& convergence,
+                                 at::IntArrayRef dims, at::IntArrayRef n_power_iterations,
+                                 at::ArrayRef<double> eps, const c10::List<bool>& v_first,
+                                 at::ArrayRef<double> tols, at::ArrayRef<double> scales,
+                                 const c10::List<bool>& soft, bool update);
 
 /// Tells autograd that the vectors were written, as a stock in-place operation would.
 void bump_versions(TensorList us, TensorList vs);
@@ -49,6 +52,8 @@ struct Gradients {
 Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor>>& grad_outputs,
                          const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                          const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                         const c10::List<bool>& mask, EmptyOutput* empty_output);
+                         at::ArrayRef<double> scales, const c10::List<bool>& soft,
+                         const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
+                         EmptyOutput* empty_output);
 
 }  // namespace spectral_ext

@@ -54,14 +54,18 @@ struct Shape {
   int64_t numel() const { return outer * rows * inner; }
 };
 
-/// The forward of one layer. u, v have the weight's dtype; u_saved, v_saved and sigma the compute
-/// type.
+/// The forward of one layer. u, v have the weight's dtype, or with `wide_vectors` the compute type,
+/// which u_saved, v_saved, sigma, residual and iterations have.
 struct Layer {
   Shape shape;
   DType dtype;
+  bool wide_vectors;
   bool v_first;
   int n_power_iterations;
   double eps;
+  double tol;    // 0: all iterations are made
+  double scale;  // c of W · c / σ
+  bool soft;     // a weight whose σ is at most c is left alone
   const void* weight;
   void* output;  // may be the weight itself
   void* u;
@@ -70,12 +74,16 @@ struct Layer {
   void* u_saved;
   void* v_saved;
   void* sigma;
+  void *residual, *iterations;  // null: not wanted
 };
 
 /// The backward of one layer. A null grad_output or grad_sigma is zero.
 struct LayerGradient {
   Shape shape;
   DType dtype;
+  double scale;
+  bool soft;
+  bool detach_sigma;  // σ is a constant of the output
   const void* grad_output;
   const void* grad_sigma;
   const void* output;
@@ -84,5 +92,18 @@ struct LayerGradient {
   const void* sigma;
   void* grad_weight;
 };
+
+/// Whether the output is the weight as it is: where σ, as the caller sees it, is zero or within a
+/// soft bound.
+inline bool is_left_alone(double sigma, double scale, bool soft) {
+  return soft ? sigma <= scale : sigma == 0;
+}
+
+/// By how much the square of ‖u‖·‖v‖ may be off 1 from rounding alone; vectors that are off by more
+/// are averages of unit vectors, and divided by their norms in evaluation.
+inline double slack_of_vectors(DType dtype, bool wide_vectors) {
+  const bool is_half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  return is_half && !wide_vectors ? 1.0 / 32 : 1e-4;
+}
 
 }  // namespace spectral_ext

@@ -103,8 +103,8 @@ py::dict describe(const cuda::Plan& plan) {
     pieces.append(py::dict(py::arg("layer") = piece.layer, py::arg("kind") = name_of(piece.kind),
                            py::arg("begin") = piece.begin, py::arg("end") = piece.end,
                            py::arg("index") = piece.index, py::arg("required") = piece.required,
-                           py::arg("dots") = piece.dots, py::arg("sums") = piece.sums,
-                           py::arg("initial") = piece.initial));
+                           py::arg("iteration") = piece.iteration, py::arg("dots") = piece.dots,
+                           py::arg("sums") = piece.sums, py::arg("initial") = piece.initial));
   }
   py::dict result;
   result["layers"] = layers;
@@ -135,8 +135,14 @@ py::dict plan_forward(const std::vector<ShapeTuple>& shapes, const std::string& 
   const std::vector<Shape> described = to_shapes(shapes);
   std::vector<Layer> layers;
   for (const Shape& shape : described) {
-    layers.push_back({shape, element_type(dtype), v_first, n_power_iterations, 1e-12, nullptr,
-                      nullptr, nullptr, nullptr, 1, 1, nullptr, nullptr, nullptr});
+    Layer& layer = layers.emplace_back();
+    layer.shape = shape;
+    layer.dtype = element_type(dtype);
+    layer.v_first = v_first;
+    layer.n_power_iterations = n_power_iterations;
+    layer.eps = 1e-12;
+    layer.scale = 1;
+    layer.u_stride = layer.v_stride = 1;
   }
   return describe(cuda::plan_forward(layers, cuda::consecutive_places(described), update,
                                      {tickets, max_columns}));
@@ -147,8 +153,10 @@ py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string&
   const std::vector<Shape> described = to_shapes(shapes);
   std::vector<LayerGradient> layers;
   for (const Shape& shape : described) {
-    layers.push_back({shape, element_type(dtype), nullptr, nullptr, nullptr, nullptr, nullptr,
-                      nullptr, nullptr});
+    LayerGradient& layer = layers.emplace_back();
+    layer.shape = shape;
+    layer.dtype = element_type(dtype);
+    layer.scale = 1;
   }
   return describe(
       cuda::plan_backward(layers, cuda::consecutive_places(described), {tickets, 1 << 30}));

@@ -49,12 +49,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate_cpu(TensorList weights,
 }
 
 void forward_cpu(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
-                 const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                 at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
-                 const c10::List<bool>& v_first, bool update) {
+                 const Tensor& saved, const Tensor& sigmas, const Tensor& convergence,
+                 at::IntArrayRef dims, at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
+                 const c10::List<bool>& v_first, at::ArrayRef<double> tols,
+                 at::ArrayRef<double> scales, const c10::List<bool>& soft, bool update) {
   const at::AutoDispatchBelowAutograd guard;
-  const std::vector<Layer> layers = check_forward(at::kCPU, weights, us, vs, outputs, saved, sigmas,
-                                                  dims, n_power_iterations, eps, v_first, update);
+  const std::vector<Layer> layers =
+      check_forward(at::kCPU, weights, us, vs, outputs, saved, sigmas, convergence, dims,
+                    n_power_iterations, eps, v_first, tols, scales, soft, update);
   cpu::forward(layers, update, threads(), parallel_for);
   if (update) bump_versions(us, vs);
 }
@@ -62,10 +64,11 @@ void forward_cpu(TensorList weights, TensorList us, TensorList vs, TensorList ou
 std::vector<Tensor> backward_cpu(const c10::List<std::optional<Tensor>>& grad_outputs,
                                  const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                                  const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                                 const c10::List<bool>& mask) {
+                                 at::ArrayRef<double> scales, const c10::List<bool>& soft,
+                                 const c10::List<bool>& detach_sigma, const c10::List<bool>& mask) {
   const at::AutoDispatchBelowAutograd guard;
   Gradients gradients = check_backward(at::kCPU, grad_outputs, grad_sigmas, outputs, saved, sigmas,
-                                       dims, mask, empty_cpu_output);
+                                       dims, scales, soft, detach_sigma, mask, empty_cpu_output);
   cpu::backward(gradients.layers, threads(), parallel_for);
   return std::move(gradients.weights);
 }

@@ -52,16 +52,19 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate_cuda(TensorList weights
 }
 
 void forward_cuda(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
-                  const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
-                  at::IntArrayRef n_power_iterations, at::ArrayRef<double> eps,
-                  const c10::List<bool>& v_first, bool update) {
+                  const Tensor& saved, const Tensor& sigmas, const Tensor& convergence,
+                  at::IntArrayRef dims, at::IntArrayRef n_power_iterations,
+                  at::ArrayRef<double> eps, const c10::List<bool>& v_first,
+                  at::ArrayRef<double> tols, at::ArrayRef<double> scales,
+                  const c10::List<bool>& soft, bool update) {
   const at::AutoDispatchBelowAutograd guard;
   const at::Device device = saved.device();
   TORCH_CHECK_VALUE(device.is_cuda(), "saved is on ", device, ", expected a CUDA device");
   const c10::cuda::CUDAGuard device_guard(device);
   const cuda::Schedule chosen = schedule();
-  const std::vector<Layer> layers = check_forward(device, weights, us, vs, outputs, saved, sigmas,
-                                                  dims, n_power_iterations, eps, v_first, update);
+  const std::vector<Layer> layers =
+      check_forward(device, weights, us, vs, outputs, saved, sigmas, convergence, dims,
+                    n_power_iterations, eps, v_first, tols, scales, soft, update);
   if (layers.empty()) return;
   const cuda::Launches& launches = cuda::prepare_forward(layers, update, device.index());
   run_on(device, chosen, launches,
@@ -72,6 +75,8 @@ void forward_cuda(TensorList weights, TensorList us, TensorList vs, TensorList o
 std::vector<Tensor> backward_cuda(const c10::List<std::optional<Tensor>>& grad_outputs,
                                   const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                                   const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
+                                  at::ArrayRef<double> scales, const c10::List<bool>& soft,
+                                  const c10::List<bool>& detach_sigma,
                                   const c10::List<bool>& mask) {
   const at::AutoDispatchBelowAutograd guard;
   const at::Device device = saved.device();
@@ -79,7 +84,7 @@ std::vector<Tensor> backward_cuda(const c10::List<std::optional<Tensor>>& grad_o
   const c10::cuda::CUDAGuard device_guard(device);
   const cuda::Schedule chosen = schedule();
   Gradients gradients = check_backward(device, grad_outputs, grad_sigmas, outputs, saved, sigmas,
-                                       dims, mask, empty_cuda_output);
+                                       dims, scales, soft, detach_sigma, mask, empty_cuda_output);
   if (gradients.layers.empty()) return {};
   const void *const u = saved.const_data_ptr(), *const sigma = sigmas.const_data_ptr();
   const cuda::Launches& launches =

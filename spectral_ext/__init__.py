@@ -3,13 +3,17 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from . import functional, nn, reference
+from . import functional, nn, reference, spectrum
 from .backends.cpu import empty_cache
 from .nn import (
     SpectralGroup,
+    SpectralProjection,
     apply_spectral_norm,
     fuse,
     group_of,
+    project_,
+    report,
+    singular_values,
     spectral_norm,
     stock_state_dict,
     unfuse,
@@ -17,14 +21,19 @@ from .nn import (
 
 __all__ = [
     "SpectralGroup",
+    "SpectralProjection",
     "apply_spectral_norm",
     "empty_cache",
     "functional",
     "fuse",
     "group_of",
     "nn",
+    "project_",
     "reference",
+    "report",
+    "singular_values",
     "spectral_norm",
+    "spectrum",
     "stock_state_dict",
     "unfuse",
 ]

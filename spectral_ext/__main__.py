@@ -1,14 +1,23 @@
-"""``python -m spectral_ext``: what is installed here, and which backends can run."""
+"""``python -m spectral_ext``: what is installed here, and which backends can run.
+
+``python -m spectral_ext report CHECKPOINT``: how well the spectral norms in a checkpoint are doing.
+"""
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 import spectral_ext
 
 from . import backends
+from .checkpoint_report import load_state_dict, report_state_dict
+from .nn.report import NormalizedTensor, Report
 
 try:
     from ._C import build_info
@@ -79,11 +88,66 @@ def describe_gpu(index: int) -> str:
     return f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}"
 
 
+def describe_checkpoint(path: Path, key: str | None, exact: bool, as_json: bool) -> int:
+    """Print the report of a checkpoint; return the exit status."""
+    try:
+        state_dict = load_state_dict(path, key)
+        report = report_state_dict(state_dict, exact=exact, track=progress if exact else iter)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        show(report)
+    return 0
+
+
+def progress(tensors: Sequence[NormalizedTensor]) -> Iterable[NormalizedTensor]:
+    """Return the tensors one after the other, with a bar where someone can see it."""
+    if not (sys.stderr.isatty() and find_spec("rich")):
+        return tensors
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(tensors, "singular values", console=Console(stderr=True), transient=True)
+
+
+def show(report: Report) -> None:
+    """Print a report: as a table for a terminal, as plain text for a file or a pipe."""
+    if not (sys.stdout.isatty() and find_spec("rich")):
+        print(report)
+        return
+    from rich.console import Console
+
+    Console().print(report)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    what_is_here, report = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m spectral_ext", description=what_is_here)
+    parser.add_argument("--version", action="version", version=spectral_ext.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="report")
+    of_report = commands.add_parser(
+        "report", help="spectral norms in a checkpoint", description=report
+    )
+    of_report.add_argument(
+        "checkpoint", type=Path, help="a file of torch.save; no code in it is run"
+    )
+    of_report.add_argument(
+        "--key", help="where in it the state dict is, such as state_dict or nets.D"
+    )
+    of_report.add_argument("--exact", action="store_true", help="compute the singular values, too")
+    of_report.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m spectral_ext", description=__doc__)
-    parser.add_argument("--version", action="version", version=spectral_ext.__version__)
-    parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    if options.command == "report":
+        return describe_checkpoint(options.checkpoint, options.key, options.exact, options.json)
     facts = describe()
     width = max(len(label) for label, _ in facts)
     print("\n".join(f"{label:{width}}  {value}".rstrip() for label, value in facts))

@@ -9,33 +9,16 @@ and not a constant, because a backward written in terms of a constant σ has a w
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import Backend, reference
 from .layout import matrix_shape
+from .settings import Settings
 
-__all__ = ["Computation", "Settings", "attach", "compute"]
-
-
-class Settings(NamedTuple):
-    """The settings of all layers of a call, a list for each kind as the operators take them."""
-
-    dims: list[int]
-    n_power_iterations: list[int]
-    eps: list[float]
-    v_first: list[bool]
-
-    def select(self, indices: list[int]) -> "Settings":
-        """Return the settings of some of the layers."""
-        return Settings(
-            [self.dims[i] for i in indices],
-            [self.n_power_iterations[i] for i in indices],
-            [self.eps[i] for i in indices],
-            [self.v_first[i] for i in indices],
-        )
+__all__ = ["Computation", "attach", "compute"]
 
 
 @dataclass(slots=True)
@@ -43,18 +26,20 @@ class Computation:
     """The results of one forward call, not attached to any graph."""
 
     backend: Backend
-    dims: list[int]
+    settings: Settings
     outputs: list[Tensor]
     saved: Tensor
     sigmas: Tensor
 
     def narrow(self, start: int, stop: int) -> "Computation":
         """Return the part for layers ``start`` to ``stop``; the tensors are views."""
-        sizes = [sum(matrix_shape(y, d)) for y, d in zip(self.outputs, self.dims, strict=True)]
+        sizes = [
+            sum(matrix_shape(y, d)) for y, d in zip(self.outputs, self.settings.dims, strict=True)
+        ]
         first, size = sum(sizes[:start]), sum(sizes[start:stop])
         return Computation(
             self.backend,
-            self.dims[start:stop],
+            self.settings.select(range(start, stop)),
             self.outputs[start:stop],
             self.saved[first : first + size],
             self.sigmas[start:stop],
@@ -69,11 +54,18 @@ def compute(
     settings: Settings,
     update: bool,
     backend: Backend,
-) -> Computation:
-    """Normalize all layers, of one device and compute dtype, in one call and without gradient."""
+) -> tuple[Computation, Tensor]:
+    """Normalize all layers, of one device and compute dtype, in one call and without gradient.
+
+    The second result has the residuals and then the iterations of all layers; it is empty where no
+    layer has a ``tol``.
+    """
     outputs, saved, sigmas = backend.allocate(weights, settings.dims)
-    backend.forward_(weights, us, vs, outputs, saved, sigmas, *settings, update)
-    return Computation(backend, settings.dims, outputs, saved, sigmas)
+    convergence = saved.new_empty(2 * len(weights) if any(settings.tols) else 0)
+    backend.forward_(
+        weights, us, vs, outputs, saved, sigmas, convergence, *settings.of_forward(update)
+    )
+    return Computation(backend, settings, outputs, saved, sigmas), convergence
 
 
 class _SpectralNormalize(torch.autograd.Function):
@@ -93,7 +85,7 @@ class _SpectralNormalize(torch.autograd.Function):
             *(y for y, wanted in zip(output, needed, strict=False) if not wanted)
         )
         ctx.backend = computation.backend
-        ctx.dims = computation.dims
+        ctx.settings = computation.settings
         ctx.save_for_backward(*output, computation.saved)
 
     @staticmethod
@@ -107,7 +99,9 @@ class _SpectralNormalize(torch.autograd.Function):
         # A gradient that is itself differentiated, or one of a batch, is made of torch operations.
         backend = reference if torch.is_grad_enabled() or _batched(grads) else ctx.backend
         found = iter(
-            backend.backward(grad_outputs, grad_sigmas, outputs, saved, sigmas, ctx.dims, mask)
+            backend.backward(
+                grad_outputs, grad_sigmas, outputs, saved, sigmas, *ctx.settings.of_node, mask
+            )
         )
         return (None, *(next(found) if wanted else None for wanted in mask))
 
@@ -131,7 +125,11 @@ def attach(weights: list[Tensor], computation: Computation) -> tuple[list[Tensor
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     ):
         return native(  # a node without Python: a tenth of this one's time
-            weights, computation.outputs, computation.saved, computation.sigmas, computation.dims
+            weights,
+            computation.outputs,
+            computation.saved,
+            computation.sigmas,
+            *computation.settings.of_node,
         )
     *outputs, sigmas = _SpectralNormalize.apply(computation, *weights)
     return outputs, sigmas

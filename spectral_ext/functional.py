@@ -1,20 +1,29 @@
 """Spectral normalization of a list of weights: the typed, validated list API."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Computation, Settings, attach, compute
+from .autograd import Computation, attach, compute
 from .backends import Backend, select
-from .layout import compute_dtype
+from .layout import allocate_vectors, compute_dtype
 from .reference import Order
-from .validation import check_layer, check_lists, check_overlap, check_settings, check_weight
+from .settings import LayerSettings, Settings
+from .validation import (
+    check_convergence,
+    check_gain,
+    check_layer,
+    check_lists,
+    check_overlap,
+    check_weight,
+)
 
-__all__ = ["spectral_normalize"]
+__all__ = ["project_", "spectral_normalize"]
 
 
 def spectral_normalize(
@@ -26,7 +35,14 @@ def spectral_normalize(
     eps: float | Sequence[float] = 1e-12,
     dims: int | Sequence[int] | None = None,
     order: Order | Sequence[Order] = "u_first",
+    tol: float | Sequence[float] = 0.0,
+    scale: float | Sequence[float] = 1.0,
+    bound: float | Sequence[float | None] | None = None,
+    detach_sigma: bool | Sequence[bool] = False,
+    blocks: int | Sequence[int] = 1,
+    gain: Sequence[Tensor | None] | None = None,
     update: bool = True,
+    convergence: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Divide every weight by its largest singular value, all in one native call.
@@ -37,21 +53,37 @@ def spectral_normalize(
         weights: tensors of any shape, floating point or complex dtype and strides. A dimension must
             have been left: a 0-D weight has no matrix.
         us: for each weight its left singular vector, of shape ``(weight.shape[dim],)`` and of the
-            weight's dtype and device; **written in place** when ``update``.
+            weight's dtype, or float32 for a half precision weight; **written in place** when
+            ``update``.
         vs: for each weight its right singular vector, of shape ``(weight.numel() // len(u),)``.
-        n_power_iterations: steps of the power method, at least 1.
+        n_power_iterations: steps of the power method, at least 1. With ``tol`` at most so many.
         eps: smallest divisor of a vector, positive.
         dims: the dimension that gives a weight's rows: default 0 (1 for ``ConvTranspose`` weights).
         order: ``"u_first"`` gives the numbers of ``torch.nn.utils.parametrizations.spectral_norm``,
             ``"v_first"`` those of ``torch.nn.utils.spectral_norm``.
-        update: False keeps ``us`` and ``vs``, as stock does in evaluation.
+        tol: stop after the first step whose residual is at most ``tol`` times σ; decided on the
+            device. 0 makes all steps. ``us`` and ``vs`` must be unit vectors for this.
+        scale: ``c`` of ``c·W/σ``.
+        bound: ``c`` of ``W / max(1, σ/c)``: a weight whose σ is at most ``c`` is left alone. Instead
+            of ``scale``.
+        detach_sigma: let σ count as a constant in the gradients of the weights: ``c·G/σ``.
+        blocks: treat so many equal parts of a weight's first dimension as weights of their own. Their
+            vectors stand one after the other in ``u`` and ``v``; σ is that of the largest.
+        gain: for each weight γ of ``γ·W/σ``, or None: a tensor of shape ``()`` or ``(rows,)``, which
+            is differentiated too. Not beside ``scale`` or ``bound`` (Zhai et al., "Stabilizing
+            Transformer Training by Preventing Attention Entropy Collapse", ICML 2023: σReparam).
+        update: False keeps ``us`` and ``vs``, as stock does in evaluation. If they are not unit
+            vectors, they count as if they were divided by their norms.
+        convergence: **written in place** if given, of shape ``(2, len(weights))`` and floating point:
+            the residuals ``‖Mᵀu − ‖Mv‖·v‖ / σ`` of the last steps (NaN where there is no ``tol``; see
+            :func:`spectral_ext.reference.power_iteration`), and the numbers of steps.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; None reads the
             environment variable ``SPECTRAL_EXT_BACKEND`` and defaults to ``"auto"``.
 
     Returns:
         The normalized weights, with the shapes, dtypes and strides of ``weights``, and one 1-D tensor
-        with every σ: float64 if a weight is, else float32. Both are differentiable; ``u`` and ``v``
-        count as constants, as in Miyato et al. (2018), equation (11).
+        with every σ of the weights: float64 if a weight is, else float32. Both are differentiable;
+        ``u`` and ``v`` count as constants, as in Miyato et al. (2018), equation (11).
 
         A 1-D weight under ``u_first`` is divided by its norm as in stock; its ``u`` and ``v`` are not
         looked at and may be None. A weight whose σ is exactly 0 is passed through, where stock
@@ -61,29 +93,171 @@ def spectral_normalize(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was written.
         RuntimeError: the backend cannot run, or memory of ``us`` and ``vs`` overlaps.
     """
+    us, vs, settings = _checked(
+        weights,
+        us,
+        vs,
+        n_power_iterations,
+        eps,
+        dims,
+        order,
+        tol,
+        scale,
+        bound,
+        detach_sigma,
+        blocks,
+    )
+    if gain is not None:
+        check_lists(weights, gain=gain)
+        for i, (weight, factor) in enumerate(zip(weights, gain, strict=True)):
+            check_gain(f"weights[{i}]", factor, weight, settings.dims[i])
+            if factor is not None and (settings.scales[i] != 1 or settings.soft[i]):
+                raise ValueError(f"weights[{i}]: gain and scale or bound exclude each other")
+    if convergence is not None:
+        check_convergence(convergence, len(weights))
+    results = normalize_layers(list(weights), us, vs, settings, update, backend)
+    if convergence is not None:
+        convergence.copy_(convergence_of(results, settings, update))
+    if gain is not None:
+        results.normalized = [
+            with_gain(weight, factor, dim)
+            for weight, factor, dim in zip(results.normalized, gain, settings.dims, strict=True)
+        ]
+    return results.normalized, results.sigmas
+
+
+def with_gain(weight: Tensor, gain: Tensor | None, dim: int) -> Tensor:
+    """Return a weight times one gain, or one for each row of it."""
+    if gain is None:
+        return weight
+    if gain.ndim:
+        gain = gain.view([-1 if d == dim else 1 for d in range(weight.ndim)])
+    return weight * gain.to(weight.dtype)
+
+
+def convergence_of(results: "Results", settings: Settings, update: bool) -> Tensor:
+    """Return how far the iterations of a call went: residuals, and numbers of steps."""
+    if len(results.convergence):
+        return results.convergence.view(2, -1)
+    steps = [float(n) if update else 0.0 for n in settings.n_power_iterations]
+    sigmas = results.sigmas.detach()
+    return torch.stack([torch.full_like(sigmas, math.nan), sigmas.new_tensor(steps)])
+
+
+@torch.no_grad()
+def project_(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor | None],
+    vs: Sequence[Tensor | None],
+    *,
+    n_power_iterations: int | Sequence[int] = 1,
+    eps: float | Sequence[float] = 1e-12,
+    dims: int | Sequence[int] | None = None,
+    order: Order | Sequence[Order] = "u_first",
+    tol: float | Sequence[float] = 0.0,
+    scale: float | Sequence[float] = 1.0,
+    bound: float | Sequence[float | None] | None = None,
+    blocks: int | Sequence[int] = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalize weights in place: ``W ← c·W/σ``, or ``W ← W / max(1, σ/c)``, all in one native call.
+
+    Not differentiable; weights that require a gradient are written as an optimizer writes them.
+
+    Args:
+        weights: **written in place**; as in :func:`spectral_normalize`.
+        us, vs, n_power_iterations, eps, dims, order, tol, scale, bound, blocks, backend: as there.
+
+    Returns:
+        Every σ before the projection, a 1-D tensor.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as there; also where elements of a weight share memory.
+    """
+    us, vs, settings = _checked(
+        weights, us, vs, n_power_iterations, eps, dims, order, tol, scale, bound, False, blocks
+    )
+    for i, weight in enumerate(weights):
+        if any(
+            size > 1 and step == 0 for size, step in zip(weight.shape, weight.stride(), strict=True)
+        ):
+            raise ValueError(f"weights[{i}]: elements share memory, and cannot be written in place")
+    # In place is what a native call does with dense weights; of the others the results are copied.
+    dense = torch.ops.aten.is_non_overlapping_and_dense
+    kinds = [
+        None if u is None or weight.is_complex() or n > 1 or not dense(weight) else _kind(weight)
+        for weight, u, n in zip(weights, us, settings.blocks, strict=True)
+    ]
+    chosen = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
+    sigmas: list[Any] = [None] * len(weights)
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        part, columns = [weights[i] for i in members], settings.select(members)
+        vectors: tuple[list[Any], list[Any]] = ([us[i] for i in members], [vs[i] for i in members])
+        if kind is None:
+            results = normalize_layers(part, *vectors, columns, True, backend)
+            found = results.sigmas
+            for weight, normalized in zip(part, results.normalized, strict=True):
+                weight.copy_(normalized)
+        else:
+            saved, found = allocate_vectors(part, columns.dims)
+            unwanted = saved.new_empty(0)
+            chosen[kind].forward_(
+                part, *vectors, part, saved, found, unwanted, *columns.of_forward(True)
+            )
+            torch.autograd.graph.increment_version([w for w in part if not w.is_inference()])
+        for place, i in enumerate(members):
+            sigmas[i] = found[place]
+    return _join(sigmas)
+
+
+def _checked(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor | None],
+    vs: Sequence[Tensor | None],
+    n_power_iterations: Any,
+    eps: Any,
+    dims: Any,
+    order: Any,
+    tol: Any,
+    scale: Any,
+    bound: Any,
+    detach_sigma: Any,
+    blocks: Any,
+) -> tuple[list[Tensor | None], list[Tensor | None], Settings]:
+    """Check the arguments of a list call, spread the settings, and leave out vectors of 1-D weights."""
     count = len(weights) if isinstance(weights, (list, tuple)) else 0
 
     def spread(value: Any) -> list[Any]:
         return list(value) if isinstance(value, (list, tuple)) else [value] * count
 
-    iterations, epsilons, orders = spread(n_power_iterations), spread(eps), spread(order)
-    dims = spread(0 if dims is None else dims)
-    check_lists(
-        weights, us=us, vs=vs, dims=dims, n_power_iterations=iterations, eps=epsilons, order=orders
-    )
-    us, vs = list(us), list(vs)
-    for i, weight in enumerate(weights):
+    columns = {
+        "dims": spread(0 if dims is None else dims),
+        "n_power_iterations": spread(n_power_iterations),
+        "eps": spread(eps),
+        "order": spread(order),
+        "tol": spread(tol),
+        "scale": spread(scale),
+        "bound": spread(bound),
+        "detach_sigma": spread(detach_sigma),
+        "blocks": spread(blocks),
+    }
+    check_lists(weights, us=us, vs=vs, **columns)
+    us, vs, rows = list(us), list(vs), []
+    for i, (weight, values) in enumerate(
+        zip(weights, zip(*columns.values(), strict=True), strict=True)
+    ):
         name = f"weights[{i}]"
-        check_settings(name, iterations[i], epsilons[i], orders[i])
-        dims[i] = check_weight(name, weight, dims[i])
-        if weight.ndim == 1 and orders[i] == "u_first":
+        layer = LayerSettings(*values)
+        layer.check(name)
+        layer = layer._replace(dim=check_weight(name, weight, layer.dim))
+        rows.append(layer)
+        if weight.ndim == 1 and layer.order == "u_first" and layer.blocks == 1:
             us[i] = vs[i] = None
         else:
-            check_layer(name, weight, us[i], vs[i], dims[i])
+            check_layer(name, weight, us[i], vs[i], layer.dim, layer.blocks)
     check_overlap(us, vs)
-    settings = Settings(dims, iterations, epsilons, [value == "v_first" for value in orders])
-    results = normalize_layers(list(weights), us, vs, settings, update, backend)
-    return results.normalized, results.sigmas
+    return us, vs, Settings.of(rows)
 
 
 @dataclass(slots=True)
@@ -92,12 +266,25 @@ class Results:
 
     ``normalized`` and ``sigmas`` are in the graph if gradients were enabled. ``computations`` are
     those that can be attached later, each with the layers that it has; those of the reference,
-    which autograd differentiates itself, are not among them.
+    which autograd differentiates itself, are not among them. ``convergence`` has the residuals and then
+    the iterations of all layers; it is empty where no layer has a ``tol``.
     """
 
     normalized: list[Tensor]
     sigmas: Tensor
     computations: list[tuple[Computation, Sequence[int]]]
+    convergence: Tensor
+    saved: list[tuple[Tensor, Sequence[int]]] = field(default_factory=list)
+    """The saved ``u`` and ``v`` of native calls, each with the layers that it has."""
+
+    def attach(self, weights: list[Tensor], bucket_bytes: int | None) -> dict[int, Tensor]:
+        """Return normalized weights with nodes of their own, of the layers that can be attached."""
+        outputs: dict[int, Tensor] = {}
+        for computation, members in self.computations:
+            part = [weights[i] for i in members]
+            attached, _ = _attach_in_buckets(part, computation, bucket_bytes)
+            outputs.update(zip(members, attached, strict=True))
+        return outputs
 
     def attached(self, index: int, weight: Tensor) -> Tensor | None:
         """Return the normalized weight of one layer with a graph node of its own."""
@@ -123,6 +310,8 @@ def normalize_layers(
     Layers of one device and compute dtype go into one call. Complex weights, and 1-D weights under
     ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference.
     """
+    if max(settings.blocks, default=1) > 1:
+        return _normalize_blocks(weights, us, vs, settings, update, backend, bucket_bytes)
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
     if (
         len(devices) == len(dtypes) == 1
@@ -130,9 +319,11 @@ def normalize_layers(
         and all(u is not None for u in us)
     ):
         chosen = select(backend, *devices)
-        computation = compute(weights, us, vs, settings, update, chosen)
+        computation, convergence = compute(weights, us, vs, settings, update, chosen)
         normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
-        return Results(normalized, sigmas, [(computation, range(len(weights)))])
+        members = range(len(weights))
+        saved: list[tuple[Tensor, Sequence[int]]] = [(computation.saved, members)]
+        return Results(normalized, sigmas, [(computation, members)], convergence, saved)
     return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes)
 
 
@@ -144,7 +335,7 @@ class PreparedCall:
             does not fit, or only not together with the others. Nothing was written.
     """
 
-    __slots__ = ("_backend", "_dims", "_run", "_weights")
+    __slots__ = ("_backend", "_run", "_settings", "_weights")
 
     def __init__(
         self,
@@ -155,19 +346,21 @@ class PreparedCall:
         backend: Backend,
     ) -> None:
         assert backend.prepare is not None
-        self._weights, self._dims, self._backend = weights, settings.dims, backend
-        self._run = backend.prepare(weights, us, vs, *settings)
+        self._weights, self._settings, self._backend = weights, settings, backend
+        self._run = backend.prepare(weights, us, vs, *settings[:-1])  # there are no blocks
 
     def __call__(self, update: bool, bucket_bytes: int | None) -> Results:
         """Normalize all layers."""
         attached = bucket_bytes is None and torch.is_grad_enabled()
-        outputs, saved, sigmas = self._run(update, attached)
+        outputs, saved, sigmas, convergence = self._run(update, attached)
+        members = range(len(outputs))
+        vectors: list[tuple[Tensor, Sequence[int]]] = [(saved, members)]
         if attached:
-            return Results(outputs, sigmas, [])
-        computation = Computation(self._backend, self._dims, outputs, saved, sigmas)
+            return Results(outputs, sigmas, [], convergence, vectors)
+        computation = Computation(self._backend, self._settings, outputs, saved, sigmas)
         if bucket_bytes is not None:
             outputs, sigmas = _attach_in_buckets(self._weights, computation, bucket_bytes)
-        return Results(outputs, sigmas, [(computation, range(len(outputs)))])
+        return Results(outputs, sigmas, [(computation, members)], convergence, vectors)
 
 
 def prepare(
@@ -181,6 +374,7 @@ def prepare(
         and all(type(weight) in (Tensor, torch.nn.Parameter) for weight in weights)
         and not any(weight.is_complex() for weight in weights)
         and all(u is not None for u in us)
+        and max(settings.blocks) == 1
     )
     return PreparedCall(weights, us, vs, settings, backend) if fit else None
 
@@ -208,6 +402,53 @@ def _attach_in_buckets(
     return normalized, torch.cat(sigmas)
 
 
+def _normalize_blocks(
+    weights: list[Tensor],
+    us: list[Any],
+    vs: list[Any],
+    settings: Settings,
+    update: bool,
+    backend: str | None,
+    bucket_bytes: int | None,
+) -> Results:
+    """Normalize the blocks of weights, still in one call: views go in, and are joined after it."""
+    blocks = settings.blocks
+    owner = [i for i, count in enumerate(blocks) for _ in range(count)]
+    parts = [
+        part
+        for weight, u, v, count in zip(weights, us, vs, blocks, strict=True)
+        for part in zip(
+            weight.chunk(count),
+            [None] if u is None else u.chunk(count),
+            [None] if v is None else v.chunk(count),
+            strict=True,
+        )
+    ]
+    each = settings._replace(blocks=[1] * len(blocks)).select(owner)
+    of_weights, of_us, of_vs = (list(column) for column in zip(*parts, strict=True))
+    results = normalize_layers(of_weights, of_us, of_vs, each, update, backend, bucket_bytes)
+    joined = [
+        outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        for outputs in _runs(results.normalized, blocks)
+    ]
+    convergence = results.convergence
+    if len(convergence):
+        rows = convergence.view(2, -1)
+        convergence = torch.cat([_largest(row, blocks) for row in rows])
+    return Results(joined, _largest(results.sigmas, blocks), [], convergence)
+
+
+def _runs(values: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
+    """Cut a list into runs of so many."""
+    rest = iter(values)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _largest(values: Tensor, counts: list[int]) -> Tensor:
+    """Return the largest of each run of values."""
+    return torch.stack([part.amax() for part in values.split(counts)])
+
+
 def _normalize_mixed(
     weights: list[Tensor],
     us: list[Any],
@@ -220,18 +461,20 @@ def _normalize_mixed(
     """Normalize layers of several kinds, one call for each kind."""
     count = len(weights)
     kinds = [
-        None if u is None or weight.is_complex() else (weight.device, compute_dtype(weight.dtype))
+        None if u is None or weight.is_complex() else _kind(weight)
         for weight, u in zip(weights, us, strict=True)
     ]
     normalized: list[Any] = [None] * count
     sigma: list[Any] = [None] * count
+    residuals: list[Any] = [None] * count
+    iterations: list[Any] = [None] * count
     computations: list[tuple[Computation, Sequence[int]]] = []
     # Choose every backend before the first call, so that an error leaves all layers as they were.
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
     for kind, chosen in backends.items():
         members = [i for i in range(count) if kinds[i] == kind]
         part = [weights[i] for i in members]
-        computation = compute(
+        computation, convergence = compute(
             part,
             [us[i] for i in members],
             [vs[i] for i in members],
@@ -240,25 +483,44 @@ def _normalize_mixed(
             chosen,
         )
         outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
+        if not len(convergence):  # no tol among these
+            made = [float(settings.n_power_iterations[i]) if update else 0.0 for i in members]
+            convergence = sigmas.new_tensor([math.nan] * len(members) + made)
         for place, i in enumerate(members):
             normalized[i], sigma[i] = outputs[place], sigmas[place]
+            residuals[i], iterations[i] = convergence[place], convergence[len(members) + place]
         computations.append((computation, members))
     for i in (i for i in range(count) if kinds[i] is None):
-        normalized[i], sigma[i] = _normalize_by_reference(
-            weights[i], us[i], vs[i], settings.select([i]), update
-        )
+        result = _normalize_by_reference(weights[i], us[i], vs[i], settings.select([i]), update)
+        normalized[i], sigma[i] = result.weight, result.sigma
+        residuals[i], iterations[i] = result.residual, result.iterations
     if not count:
-        return Results([], torch.empty(0), [])
-    real = [s.real if s.is_complex() else s for s in sigma]
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in real) else torch.float32
-    return Results(
-        normalized, torch.stack([s.to(real[0].device, dtype) for s in real]), computations
-    )
+        return Results([], torch.empty(0), [], torch.empty(0))
+    sigmas = _join(sigma)
+    convergence = sigmas.new_empty(0)
+    if any(settings.tols):
+        convergence = _join(residuals + iterations).to(sigmas)
+    saved = [(computation.saved, members) for computation, members in computations]
+    return Results(normalized, sigmas, computations, convergence, saved)
+
+
+def _kind(weight: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Return what the layers of one native call have in common."""
+    return weight.device, compute_dtype(weight.dtype)
+
+
+def _join(values: list[Tensor]) -> Tensor:
+    """Return numbers of several calls in one tensor, where the first one is."""
+    if not values:
+        return torch.empty(0)
+    real = [value.real if value.is_complex() else value for value in values]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in real) else torch.float32
+    return torch.stack([x.to(real[0].device, dtype) for x in real])
 
 
 def _normalize_by_reference(
     weight: Tensor, u: Any, v: Any, settings: Settings, update: bool
-) -> tuple[Tensor, Tensor]:
+) -> reference.Normalized:
     if u is not None or v is not None:
         check_layer("weight", weight, u, v, settings.dims[0])
     result = reference.spectral_normalize(
@@ -270,10 +532,14 @@ def _normalize_by_reference(
         eps=settings.eps[0],
         dim=settings.dims[0],
         order="v_first" if settings.v_first[0] else "u_first",
+        tol=settings.tols[0],
+        scale=settings.scales[0],
+        soft=settings.soft[0],
+        detach_sigma=settings.detach_sigma[0],
         update=update,
     )
     if update and u is not None and v is not None:
         with torch.no_grad():
             u.copy_(result.u)
             v.copy_(result.v)
-    return result.weight, result.sigma
+    return result

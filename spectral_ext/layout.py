@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["allocate", "compute_dtype", "matrix_shape", "split_saved"]
+__all__ = ["allocate", "allocate_vectors", "compute_dtype", "matrix_shape", "split_saved"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,10 +24,14 @@ def allocate(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tenso
 
     The weights, at least one, share a device and a compute dtype.
     """
+    return [torch.empty_like(weight) for weight in weights], *allocate_vectors(weights, dims)
+
+
+def allocate_vectors(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the flat buffers of :func:`allocate`."""
     dtype, device = compute_dtype(weights[0].dtype), weights[0].device
     size = sum(sum(matrix_shape(weight, dim)) for weight, dim in zip(weights, dims, strict=True))
     return (
-        [torch.empty_like(weight) for weight in weights],
         torch.empty(size, dtype=dtype, device=device),
         torch.empty(len(weights), dtype=dtype, device=device),
     )

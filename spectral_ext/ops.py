@@ -5,6 +5,9 @@ All layers of a call share one device and one compute dtype: float64 for float64
 were when σ was taken, one after the other: ``u_0, v_0, u_1, v_1, …``. The backward needs those and not
 the live buffers, which the next forward overwrites.
 
+``convergence`` has for every layer the residual and after those the number of iterations, in the same
+dtype; empty, it is not written.
+
 ``forward_`` writes into its arguments and returns nothing, because a mutable operator that also
 returns a list cannot be functionalized by ``torch.compile``.
 """
@@ -24,18 +27,18 @@ SCHEMAS = {
     # The forward of all layers. `update` False keeps us and vs as they are, as stock does in evaluation.
     "forward_": (
         "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved, "
-        "Tensor(e!) sigmas, int[] dims, int[] n_power_iterations, float[] eps, bool[] v_first, "
-        "bool update) -> ()"
+        "Tensor(e!) sigmas, Tensor(f!) convergence, int[] dims, int[] n_power_iterations, float[] eps, "
+        "bool[] v_first, float[] tols, float[] scales, bool[] soft, bool update) -> ()"
     ),
     # The gradients of those weights for which `mask` is true, in order. A missing gradient is zero.
     "backward": (
         "(Tensor?[] grad_outputs, Tensor? grad_sigmas, Tensor[] outputs, Tensor saved, Tensor sigmas, "
-        "int[] dims, bool[] mask) -> Tensor[]"
+        "int[] dims, float[] scales, bool[] soft, bool[] detach_sigma, bool[] mask) -> Tensor[]"
     ),
     # The outputs and sigmas of a forward as functions of the weights, which `backward` differentiates.
     "attach": (
-        "(Tensor[] weights, Tensor(a)[] outputs, Tensor saved, Tensor(b) sigmas, int[] dims) "
-        "-> (Tensor(a)[], Tensor(b))"
+        "(Tensor[] weights, Tensor(a)[] outputs, Tensor saved, Tensor(b) sigmas, int[] dims, "
+        "float[] scales, bool[] soft, bool[] detach_sigma) -> (Tensor(a)[], Tensor(b))"
     ),
 }
 
@@ -67,6 +70,9 @@ def _(
     saved: Tensor,
     sigmas: Tensor,
     dims: Sequence[int],
+    scales: Sequence[float],
+    soft: Sequence[bool],
+    detach_sigma: Sequence[bool],
     mask: Sequence[bool],
 ) -> list[Tensor]:
     return [torch.empty_like(y) for y, wanted in zip(outputs, mask, strict=True) if wanted]

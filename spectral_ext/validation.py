@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from .layout import compute_dtype, matrix_shape
+
 __all__ = [
     "DimensionError",
+    "check_blocks",
+    "check_convergence",
+    "check_gain",
     "check_layer",
     "check_lists",
     "check_overlap",
     "check_settings",
+    "check_target",
     "check_weight",
 ]
 
@@ -44,6 +50,58 @@ def check_settings(name: str, n_power_iterations: int, eps: float, order: str) -
         raise ValueError(f"{name}: order must be 'u_first' or 'v_first', got order={order!r}")
 
 
+def check_target(
+    name: str,
+    scale: float,
+    bound: float | None,
+    detach_sigma: bool,
+    tol: float,
+) -> None:
+    """Raise unless it makes sense what layer ``name`` is normalized to, and how precisely."""
+    for argument, value in (("scale", scale), ("bound", bound), ("tol", tol)):
+        if value is None and argument == "bound":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
+        if not math.isfinite(value) or value < 0 or (value == 0 and argument != "tol"):
+            kind = "not negative" if argument == "tol" else "positive"
+            raise ValueError(
+                f"{name}: {argument} must be {kind} and finite, got {argument}={value}"
+            )
+    if not isinstance(detach_sigma, bool):
+        raise TypeError(f"{name}: detach_sigma must be a bool, got {type(detach_sigma).__name__}")
+    if bound is not None and scale != 1:
+        raise ValueError(
+            f"{name}: scale={scale} and bound={bound} exclude each other; "
+            "scale divides every weight, bound only one whose norm is larger"
+        )
+
+
+def check_gain(name: str, gain: Tensor | None, weight: Tensor, dim: int) -> None:
+    """Raise unless a gain can multiply the rows of a weight."""
+    if gain is None:
+        return
+    if not isinstance(gain, Tensor) or not gain.is_floating_point():
+        raise TypeError(f"{name}: gain must be a floating point tensor or None, got {gain!r:.60}")
+    if gain.shape not in ((), (weight.shape[dim],)):
+        raise ValueError(
+            f"{name}: gain must have shape () or ({weight.shape[dim]},), got {tuple(gain.shape)}"
+        )
+    if gain.device != weight.device:
+        raise ValueError(
+            f"{name}: gain is on {gain.device} and the weight on {weight.device}; "
+            "they must be the same"
+        )
+
+
+def check_blocks(name: str, blocks: int) -> None:
+    """Raise unless a weight can have so many blocks."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int):
+        raise TypeError(f"{name}: blocks must be an int, got {type(blocks).__name__}")
+    if blocks < 1:
+        raise ValueError(f"{name}: blocks must be at least 1, got blocks={blocks}")
+
+
 def check_weight(name: str, weight: Tensor, dim: int) -> int:
     """Raise unless the weight of layer ``name`` can be normalized; return ``dim`` as not negative."""
     if not isinstance(weight, Tensor):
@@ -68,21 +126,32 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
     return dim % weight.ndim
 
 
-def check_layer(name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, dim: int) -> None:
-    """Raise unless ``u`` and ``v`` fit the (checked) weight of layer ``name``."""
-    rows = weight.shape[dim]
-    for vector_name, vector, size in (("u", u, rows), ("v", v, weight.numel() // rows)):
+def check_layer(
+    name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, dim: int, blocks: int = 1
+) -> None:
+    """Raise unless ``u`` and ``v`` fit the (checked) weight of layer ``name``.
+
+    Those of ``blocks`` equal parts of dimension 0 stand one after the other.
+    """
+    if weight.shape[0] % blocks:
+        raise ValueError(
+            f"{name}: blocks={blocks} does not divide the first dimension of a weight of shape "
+            f"{tuple(weight.shape)}"
+        )
+    rows, columns = matrix_shape(weight[: weight.shape[0] // blocks], dim)
+    for vector_name, vector, size in (("u", u, blocks * rows), ("v", v, blocks * columns)):
         if not isinstance(vector, Tensor):
             raise TypeError(f"{name}: {vector_name} must be a tensor, got {type(vector).__name__}")
         if vector.shape != (size,):
+            of_blocks = f" and blocks={blocks}" if blocks > 1 else ""
             raise ValueError(
                 f"{name}: {vector_name} must have shape ({size},) for a weight of shape "
-                f"{tuple(weight.shape)} with dim={dim}, got {tuple(vector.shape)}"
+                f"{tuple(weight.shape)} with dim={dim}{of_blocks}, got {tuple(vector.shape)}"
             )
-        if vector.dtype != weight.dtype:
+        if vector.dtype not in (weight.dtype, compute_dtype(weight.dtype)):
             raise TypeError(
                 f"{name}: {vector_name} is {vector.dtype} and the weight {weight.dtype}; "
-                "they must be the same"
+                "they must be the same, or the vectors float32 for a half precision weight"
             )
         if vector.device != weight.device:
             raise ValueError(
@@ -93,6 +162,8 @@ def check_layer(name: str, weight: Tensor, u: Tensor | None, v: Tensor | None, d
             raise ValueError(f"{name}: the elements of {vector_name} must not overlap in memory")
         if vector.requires_grad:
             raise ValueError(f"{name}: {vector_name} is written in place and must not require grad")
+    if u is not None and v is not None and u.dtype != v.dtype:
+        raise TypeError(f"{name}: u is {u.dtype} and v {v.dtype}; they must be the same")
 
 
 def check_lists(weights: Sequence[Tensor], **others: Sequence[object]) -> None:
@@ -104,6 +175,16 @@ def check_lists(weights: Sequence[Tensor], **others: Sequence[object]) -> None:
             raise ValueError(
                 f"{name} has {len(values)} entries for {len(weights)} weights; they must be as many"
             )
+
+
+def check_convergence(convergence: Tensor, count: int) -> None:
+    """Raise unless a report of ``count`` layers fits into the tensor."""
+    if not isinstance(convergence, Tensor) or not convergence.is_floating_point():
+        raise TypeError(f"convergence must be a floating point tensor, got {convergence!r:.60}")
+    if convergence.shape != (2, count):
+        raise ValueError(
+            f"convergence must have shape (2, {count}), got {tuple(convergence.shape)}"
+        )
 
 
 def check_overlap(us: Sequence[Tensor | None], vs: Sequence[Tensor | None]) -> None:

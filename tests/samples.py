@@ -98,3 +98,12 @@ def model(name: str, limit: int = 10**9) -> list[Layer]:
     """Return the layers of a real model that have at most `limit` elements."""
     small = itertools.filterfalse(lambda entry: math.prod(entry["shape"]) > limit, MODELS[name])
     return [layer(entry["shape"], entry["dim"], scale=0.02) for entry in small]
+
+
+def options_of(layers: list[Layer]) -> dict[str, list]:
+    """Return the settings of layers as the list API takes them."""
+    names = (
+        "n_power_iterations", "eps", "order", "tol", "scale", "bound", "detach_sigma",
+    )  # fmt: skip
+    columns = {name: [getattr(layer, name) for layer in layers] for name in names}
+    return {"dims": [layer.dim for layer in layers], **columns}

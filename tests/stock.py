@@ -5,7 +5,7 @@ stock makes in the weight's own dtype on the same input (plus a few roundings, s
 by luck).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ ROUNDINGS = 8
 
 @dataclass
 class Layer:
-    """The arguments of one layer."""
+    """The arguments of one layer. Stock knows nothing of those after ``order``."""
 
     weight: Tensor
     u: Tensor
@@ -26,10 +26,22 @@ class Layer:
     n_power_iterations: int = 1
     eps: float = 1e-12
     order: str = "u_first"
+    tol: float = 0.0
+    scale: float = 1.0
+    bound: float | None = None
+    detach_sigma: bool = False
+
+    def with_tensors(self, weight: Tensor, u: Tensor, v: Tensor) -> "Layer":
+        return replace(self, weight=weight, u=u, v=v)
 
     def to(self, dtype: torch.dtype) -> "Layer":
-        tensors = (t.detach().to(dtype, copy=True) for t in (self.weight, self.u, self.v))
-        return Layer(*tensors, self.dim, self.n_power_iterations, self.eps, self.order)
+        tensors = (self.weight, self.u, self.v)
+        return self.with_tensors(*(t.detach().to(dtype, copy=True) for t in tensors))
+
+    def plain(self) -> "Layer":
+        """Return a copy with what stock knows of it."""
+        copy = self.to(self.weight.dtype)
+        return replace(copy, tol=0.0, scale=1.0, bound=None, detach_sigma=False)
 
 
 @dataclass
@@ -58,8 +70,42 @@ def forward(layer: Layer, update: bool = True) -> Outcome:
         holder = nn.Module()
         holder.weight_orig, holder.weight_u, holder.weight_v = layer.weight, u, v
         normalized = hook.compute_weight(holder, do_power_iteration=update)
-    matrix = layer.weight.detach().movedim(layer.dim, 0).reshape(u.numel(), v.numel())
-    return Outcome(normalized, torch.dot(u, matrix @ v), u, v)
+    matrix = layer.weight.movedim(layer.dim, 0).reshape(u.numel(), v.numel())
+    sigma = torch.dot(u, matrix @ v)
+    if layer.bound is not None or layer.scale != 1 or layer.detach_sigma:
+        normalized = layer.weight * target(layer, sigma)
+    return Outcome(normalized, sigma.detach(), u, v)
+
+
+def target(layer: Layer, sigma: Tensor) -> Tensor:
+    """Return the factor of a weight for a target that stock does not have, in stock's words."""
+    if layer.detach_sigma:
+        sigma = sigma.detach()
+    if layer.bound is None:
+        return layer.scale / sigma
+    return 1 / torch.where(sigma > layer.bound, sigma / layer.bound, 1)
+
+
+def iterate(layer: Layer) -> tuple[int, float]:
+    """Count the steps that a layer makes by its definition, with vectors; and the last residual.
+
+    Stock makes a step from the ``v`` (v_first: the ``u``) that it has to the next pair. The old vector and the
+    new one of the other side miss being singular vectors by ``‖Mᵀu − ‖Mv‖v‖`` (v_first: ``‖Mv − ‖Mᵀu‖u‖``).
+    """
+    matrix = layer.weight.movedim(layer.dim, 0).reshape(layer.u.numel(), layer.v.numel())
+    one = replace(layer.plain(), n_power_iterations=1)
+    residual = float("nan")
+    for step in range(1, layer.n_power_iterations + 1):
+        outcome = forward(one)
+        if layer.order == "u_first":
+            missed = matrix.mT @ outcome.u - (matrix @ one.v).norm() * one.v
+        else:
+            missed = matrix @ outcome.v - (matrix.mT @ one.u).norm() * one.u
+        residual = (missed.norm() / outcome.sigma).item()
+        one = one.with_tensors(one.weight, outcome.u, outcome.v)
+        if layer.tol > 0 and residual <= layer.tol:
+            return step, residual
+    return layer.n_power_iterations, residual
 
 
 def error(value: Tensor, truth: Tensor) -> float:

@@ -27,6 +27,18 @@ from test_numeric import (  # noqa: F401  (run here with the backend of this fil
     test_zero_sigma_of_a_weight_that_is_not_zero,
     test_zero_weight,
 )
+from test_options import (  # noqa: F401
+    test_a_weight_within_its_bound_is_left_alone,
+    test_a_zero_weight_stays_zero_whatever_the_target,
+    test_averaged_vectors_count_as_unit_vectors_in_evaluation,
+    test_evaluation_reports_no_iterations,
+    test_float32_vectors_of_half_precision_weights,
+    test_plain_layers_keep_their_bits_beside_others,
+    test_project_writes_the_weights,
+    test_targets,
+    test_tolerance,
+    test_tolerance_of_weights_without_a_direction,
+)
 from torch.nn.utils.parametrizations import spectral_norm
 
 from spectral_ext import backends, fuse
@@ -86,28 +98,33 @@ class Visiting:
         outputs, saved, sigmas = self.backend.allocate([self.there(w) for w in weights], dims)
         return [torch.empty_like(y, device="cpu") for y in outputs], saved.cpu(), sigmas.cpu()
 
-    def forward_(self, weights, us, vs, outputs, saved, sigmas, *settings):
-        written = [*us, *vs, *outputs, saved, sigmas]
+    def forward_(self, weights, us, vs, outputs, saved, sigmas, convergence, *settings):
+        written = [*us, *vs, *outputs, saved, sigmas, convergence]
         there = [self.there(tensor) for tensor in written]
         n = len(weights)
+        us, vs, outputs_there = (there[i * n : (i + 1) * n] for i in range(3))
         self.backend.forward_(
-            [self.there(w) for w in weights],
-            *(there[i * n : (i + 1) * n] for i in range(3)),
+            [
+                result if output.data_ptr() == weight.data_ptr() else self.there(weight)
+                for weight, output, result in zip(weights, outputs, outputs_there, strict=True)
+            ],
+            us,
+            vs,
+            outputs_there,
             *there[3 * n :],
             *settings,
         )
         for here, result in zip(written, there, strict=True):
             here.copy_(result)
 
-    def backward(self, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask):
+    def backward(self, grad_outputs, grad_sigmas, outputs, saved, sigmas, *settings):
         grads = self.backend.backward(
             [self.there(g) for g in grad_outputs],
             self.there(grad_sigmas),
             [self.there(y) for y in outputs],
             self.there(saved),
             self.there(sigmas),
-            dims,
-            mask,
+            *settings,
         )
         return [grad.cpu() for grad in grads]
 
@@ -136,6 +153,12 @@ def step(weights, us, vs, dims, grads):
     return [*normalized, sigmas, *torch.autograd.grad(normalized, weights, grads)]
 
 
+def plain_settings(count):
+    """Return what ``forward_`` takes from n_power_iterations to soft, without any option."""
+    values = (1, 1e-12, False, 0.0, 1.0, False)
+    return [[value] * count for value in values]
+
+
 def clones(tensors):
     return [tensor.detach().clone() for tensor in tensors]
 
@@ -146,6 +169,25 @@ def assert_equal(found, expected):
 
 def test_auto_chooses_the_best():
     assert backends.select("auto", DEVICE) is backends.select(HERE[0], DEVICE)
+
+
+def test_captured_iterations_stop_by_their_tolerance():
+    """A replay decides anew, on the device: fewer steps once the vectors have settled."""
+    weights, us, vs, dims = device_layers([((64, 48), 0), ((10, 300), 0)])
+    for vector in (*us, *vs):
+        vector.copy_(torch.nn.functional.normalize(torch.randn_like(vector), dim=0))
+    report = torch.empty(2, 2, device="cuda")
+    options = {"dims": dims, "n_power_iterations": 40, "tol": [0.05, 0.0], "convergence": report}
+    spectral_normalize(weights, clones(us), clones(vs), **options)
+    graph = torch.cuda.CUDAGraph()
+    torch.use_deterministic_algorithms(False)  # fills would be captured
+    with torch.cuda.graph(graph), torch.no_grad():
+        spectral_normalize(weights, us, vs, **options)
+    counts = []
+    for _ in range(2):
+        graph.replay()
+        counts.append(report[1].tolist())
+    assert 1 < counts[0][0] < 40 and counts[1] == [1, 40] and counts[0][1] == 40
 
 
 @cuda_only
@@ -343,7 +385,8 @@ def test_devices_must_be_equal(on_device):
     outputs, saved, sigmas = on_device.allocate(weights, dims)
     n = len(dims)
     before = clones([*us, *vs])
-    arguments = (outputs, saved, sigmas, dims, [1] * n, [1e-12] * n, [False] * n, True)
+    settings = plain_settings(n)
+    arguments = (outputs, saved, sigmas, sigmas.new_empty(0), dims, *settings, True)
     with pytest.raises(ValueError, match="v of layer 1 is on cpu, expected cuda:0"):
         on_device.forward_(weights, us, [vs[0], vs[1].cpu(), *vs[2:]], *arguments)
     with pytest.raises(ValueError, match="the weight of layer 0 is on cpu"):
@@ -363,17 +406,17 @@ def test_unknown_schedule(monkeypatch):
 
 def test_out_of_memory_leaves_vectors_as_they_were(on_device):
     weights, us, vs, dims = device_layers([((2048, 2304), 0)] * 8)
-    arguments = [[1] * 8, [1e-12] * 8, [False] * 8, True]
     results = on_device.allocate(weights, dims)
+    arguments = [results[2].new_empty(0), dims, *plain_settings(8), True]
     before = clones([*us, *vs])
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)  # no room for the workspace
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            on_device.forward_(weights, us, vs, *results, dims, *arguments)
+            on_device.forward_(weights, us, vs, *results, *arguments)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert_equal([*us, *vs], before)
-    on_device.forward_(weights, us, vs, *results, dims, *arguments)
+    on_device.forward_(weights, us, vs, *results, *arguments)
     assert results[2].isfinite().all()

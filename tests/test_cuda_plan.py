@@ -67,12 +67,17 @@ def check_forward(plan, shapes, v_first, n_power_iterations, update):
     for i, (outer, rows, inner) in enumerate(shapes):
         layer = plan["layers"][i]
         dots = sums = 0
-        for (index, _, kind), pieces in found.items():
+        for (index, _, kind), pieces in sorted(found.items()):
             if index != i:
                 continue
             columns = outer * inner
             size = {"rows": rows, "columns": columns, "vectors": rows + columns}
             check_covered(pieces, size.get(kind, rows * columns))
+            if kind in ("rows", "columns"):
+                # The how manieth product with M, and with Mᵀ, it is.
+                of_columns = kind == "columns" or not pieces[0]["dots"]
+                done = sums - (kind == "columns") if of_columns else dots
+                assert {piece["iteration"] for piece in pieces} == {done}
             if kind == "rows":
                 assert len(pieces) == layer["blocks"]
                 dots += pieces[0]["dots"]

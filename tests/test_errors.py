@@ -114,10 +114,14 @@ def forward_arguments():
         outputs=outputs,
         saved=saved,
         sigmas=sigmas,
+        convergence=torch.empty(4),
         dims=[0, 0],
         n_power_iterations=[1, 1],
         eps=[1e-12, 1e-12],
         v_first=[False, False],
+        tols=[0.0, 0.1],
+        scales=[1.0, 2.0],
+        soft=[False, True],
         update=True,
     )
 
@@ -129,6 +133,7 @@ def freed(shape):
 
 
 OTHER = torch.randn(5, 3)
+LONGER = torch.randn(16)
 # (what is changed, words of the message): the change
 FORWARD_CASES = {
     ("fewer us", "us has"): {"us": [torch.randn(4)]},
@@ -138,6 +143,21 @@ FORWARD_CASES = {
     ("fewer n", "n_power_iterations has"): {"n_power_iterations": [1]},
     ("fewer eps", "eps has"): {"eps": [1e-12]},
     ("fewer v_first", "v_first has"): {"v_first": []},
+    ("fewer tols", "tols has"): {"tols": []},
+    ("fewer scales", "scales has"): {"scales": [1.0]},
+    ("fewer soft", "soft has"): {"soft": []},
+    ("tol", "tol of layer 1"): {"tols": [0.0, -0.1]},
+    ("tol nan", "tol of layer 0"): {"tols": [math.nan, 0.1]},
+    ("scale", "scale of layer 1"): {"scales": [1.0, 0.0]},
+    ("scale inf", "scale of layer 0"): {"scales": [math.inf, 1.0]},
+    ("convergence too short", "convergence must"): {"convergence": torch.empty(3)},
+    ("convergence in float64", "convergence must"): {"convergence": torch.empty(4).double()},
+    ("convergence in two rows", "convergence must"): {"convergence": torch.empty(2, 2)},
+    ("types of u and v", "u and v of layer 0"): {
+        "weights": [torch.randn(4, 6).half(), OTHER],
+        "outputs": [torch.randn(4, 6).half(), OTHER * 1],
+        "vs": [torch.randn(6).half(), torch.randn(3)],
+    },
     ("dim", "dim of layer 1"): {"dims": [0, 2]},
     ("n", "n_power_iterations of layer 0"): {"n_power_iterations": [0, 1]},
     ("n beyond int", "n_power_iterations of layer 0"): {"n_power_iterations": [2**31, 1]},
@@ -163,9 +183,15 @@ FORWARD_CASES = {
     ("output expanded", "output of layer 0 must be dense"): {
         "outputs": [torch.empty(4, 1).expand(4, 6), torch.empty(5, 3)]
     },
-    ("output is the weight", "layer 1 overlap in memory"): {
-        "weights": [torch.randn(4, 6), OTHER],
-        "outputs": [torch.empty(4, 6), OTHER],
+    ("output within the weight", "layer 1 overlap in memory"): {
+        "weights": [torch.randn(4, 6), LONGER[:15].view(5, 3)],
+        "outputs": [torch.empty(4, 6), LONGER[1:].view(5, 3)],
+    },
+    ("output is the weight transposed", "layer 1 overlap in memory"): {
+        "weights": [torch.randn(4, 6), LONGER[:9].view(3, 3)],
+        "outputs": [torch.empty(4, 6), LONGER[:9].view(3, 3).T],
+        "us": [torch.randn(4), torch.randn(3)],
+        "saved": torch.empty(16),
     },
     ("saved too short", "saved must"): {"saved": torch.empty(3)},
     ("saved in float64", "saved must"): {"saved": torch.empty(18).double()},
@@ -206,6 +232,9 @@ def backward_arguments():
         "saved": torch.randn(18),
         "sigmas": torch.ones(2),
         "dims": [0, 0],
+        "scales": [1.0, 2.0],
+        "soft": [False, True],
+        "detach_sigma": [True, False],
         "mask": [True, True],
     }
 
@@ -214,6 +243,10 @@ BACKWARD_CASES = {
     ("fewer gradients", "grad_outputs has"): {"grad_outputs": [None]},
     ("fewer dims", "dims has"): {"dims": [0]},
     ("fewer masks", "mask has"): {"mask": [True]},
+    ("fewer scales", "scales has"): {"scales": [1.0]},
+    ("fewer soft", "soft has"): {"soft": [True]},
+    ("fewer detach_sigma", "detach_sigma has"): {"detach_sigma": []},
+    ("scale", "scale of layer 0"): {"scales": [-1.0, 1.0]},
     ("dim", "dim of layer 1"): {"dims": [0, -3]},
     ("shape of a gradient", "gradient of layer 0 has shape"): {
         "grad_outputs": [torch.randn(6, 4), None]
@@ -247,12 +280,18 @@ def attach_arguments():
         "saved": torch.randn(18),
         "sigmas": torch.ones(2),
         "dims": [0, 0],
+        "scales": [1.0, 2.0],
+        "soft": [False, True],
+        "detach_sigma": [True, False],
     }
 
 
 ATTACH_CASES = {
-    ("fewer outputs", "as many"): {"outputs": [OTHER]},
-    ("fewer dims", "as many"): {"dims": [0]},
+    ("fewer outputs", "each have 2"): {"outputs": [OTHER]},
+    ("fewer dims", "each have 2"): {"dims": [0]},
+    ("fewer scales", "each have 2"): {"scales": [1.0]},
+    ("fewer soft", "each have 2"): {"soft": []},
+    ("fewer detach_sigma", "each have 2"): {"detach_sigma": [True]},
     ("shape of an output", "output of layer 1 has shape"): {
         "outputs": [torch.randn(4, 6), torch.randn(3, 5)]
     },
@@ -285,11 +324,13 @@ def test_attached_to_what_does_not_fit_together():
         first.sum().backward()
 
 
-_SETTINGS = ("n_power_iterations", "eps", "v_first")
+_SETTINGS = ("n_power_iterations", "eps", "v_first", "tols", "scales", "soft", "detach_sigma")
 PREPARED_CASES = {
     "fewer us": {"us": [torch.randn(4)]},
     "fewer eps": {"eps": [1e-12]},
     "eps": {"eps": [1e-12, -1.0]},
+    "fewer tols": {"tols": []},
+    "scale": {"scales": [1.0, math.inf]},
     "iterations": {"n_power_iterations": [1, 0]},
     "dim": {"dims": [0, 2]},
     "u of another size": {"us": [torch.randn(4), torch.randn(4)]},
@@ -301,13 +342,13 @@ PREPARED_CASES = {
 @pytest.mark.parametrize("case", PREPARED_CASES)
 def test_prepared_call(case):
     def arguments():
-        given = forward_arguments()
+        given = {**forward_arguments(), "detach_sigma": [False, False]}
         return {key: given[key] for key in given if key not in _OF_A_CALL}
 
     right, wrong = arguments(), {**arguments(), **PREPARED_CASES[case]}
-    outputs, saved, sigmas = cpu.prepare(*right.values())(True, False)
+    outputs, saved, sigmas, convergence = cpu.prepare(*right.values())(True, False)
     assert [y.shape for y in outputs] == [w.shape for w in right["weights"]]
-    assert saved.shape == (18,) and sigmas.isfinite().all()
+    assert saved.shape == (18,) and sigmas.isfinite().all() and convergence.shape == (4,)
     before = [v.clone() for v in (*wrong["us"], *wrong["vs"])]
     with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)):
         cpu.prepare(*wrong.values())(True, False)
@@ -315,7 +356,7 @@ def test_prepared_call(case):
         assert torch.equal(vector, old)
 
 
-_OF_A_CALL = ("outputs", "saved", "sigmas", "update")
+_OF_A_CALL = ("outputs", "saved", "sigmas", "convergence", "update")
 
 
 def test_allocate_operator():

@@ -4,6 +4,7 @@ Its numbers are in test_numeric.py and test_any_list.py, by Triton's interpreter
 """
 
 import json
+import struct
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_numeric import ORDERS, gradients, normalize
+from test_options import run
 
 from spectral_ext import backends
 
@@ -49,8 +51,14 @@ def test_shape_of_any_order_of_dimensions(sizes, data):
     assert torch.equal(place, matrix)
 
 
-def facts(rows, columns, **settings):
-    return LayerFacts(Shape(1, rows, columns, None), 0, 0, 4, **{"update": True, **settings})
+def facts(rows, columns, lanes=4, **settings):
+    shape = Shape(1, rows, columns, None)
+    return LayerFacts(shape, 0, 0, lanes, **{"update": True, "n_power_iterations": 1, **settings})
+
+
+def named(made):
+    """Return the rows of a table of layers, by names."""
+    return [dict(zip(tables.FIELDS, row, strict=True)) for row in made.layers.tolist()]
 
 
 SHAPES = [(1, 1), (129, 3), (4096, 64), (33, 65), (64, 2048), (9, 2049), (1536, 13824)]
@@ -58,9 +66,7 @@ SHAPES = [(1, 1), (129, 3), (4096, 64), (33, 65), (64, 2048), (9, 2049), (1536, 
 
 @pytest.mark.parametrize("v_first", [False, True])
 def test_tiles_are_all_of_every_layer(v_first):
-    made = tables.forward_tables(
-        [facts(*shape, v_first=v_first, n_power_iterations=1) for shape in SHAPES]
-    )
+    made = tables.forward_tables([facts(*shape, v_first=v_first) for shape in SHAPES])
     of_rows, of_columns = [], []
     for i, (rows, columns) in enumerate(SHAPES):
         kind = 0 if columns <= 64 else 1 if columns <= 2048 else 2
@@ -73,10 +79,9 @@ def test_tiles_are_all_of_every_layer(v_first):
 
 
 def test_workspaces_do_not_overlap():
-    made = tables.forward_tables([facts(*shape, n_power_iterations=1) for shape in SHAPES])
+    made = tables.forward_tables([facts(*shape) for shape in SHAPES])
     spans = []
-    for row in made.layers.tolist():
-        of = dict(zip(tables.FIELDS, row, strict=True))
+    for of in named(made):
         spans += [
             (of["t"], of["rows"]),
             (of["y"], of["columns"]),
@@ -88,13 +93,41 @@ def test_workspaces_do_not_overlap():
         assert begin >= end
         end = begin + size
     assert end <= made.vectors
-    sums = []
-    for row in made.layers.tolist():
-        of = dict(zip(tables.FIELDS, row, strict=True))
-        sums += [(of["row_sums"], of["row_tiles"]), (of["column_sums"], of["chunks"])]
-    assert sorted(begin for begin, _ in sums) == [begin for begin, _ in sums]
-    assert all(a + n == b for (a, n), (b, _) in pairwise(sums))
-    assert sums[-1][0] + sums[-1][1] == made.sums
+
+
+def check_sums(made, sizes):
+    """Raise unless the sums of all layers, of so many entries, are one after the other."""
+    sums = [(of[name], size) for of in named(made) for name, size in sizes(of).items()]
+    assert all(a + n == b for (a, n), (b, _) in pairwise([(0, 0), *sums, (made.sums, 0)]))
+
+
+def test_norms_have_a_slot_for_even_iterations_and_one_for_odd_ones():
+    made = tables.forward_tables([facts(*shape) for shape in SHAPES])
+    check_sums(
+        made,
+        lambda of: {"row_sums": 2 * of["row_tiles"], "column_sums": 2 * of["chunks"], "made": 1},
+    )
+
+
+def test_without_an_update_there_is_room_for_the_norms_of_u_and_v():
+    made = tables.forward_tables([facts(*shape, update=False) for shape in SHAPES])
+    check_sums(made, lambda of: {"row_sums": 3 * of["row_tiles"]})
+
+
+def test_float64_facts_keep_their_bits():
+    made = tables.forward_tables([facts(5, 7, eps=1e-305, tol=-0.0, scale=0.1)])
+    bits = torch.tensor([[named(made)[0][name] for name in ("eps", "tol", "target")]])
+    expected = torch.tensor([[1e-305, -0.0, 0.1]], dtype=torch.float64)
+    assert torch.equal(bits, expected.view(torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("lanes", "wide", "slack"),
+    [(4, False, 1e-4), (2, False, 1e-4), (8, True, 1e-4), (8, False, 2**-5)],
+)
+def test_vectors_of_half_precision_may_be_off_by_more(lanes, wide, slack):
+    made = tables.forward_tables([facts(5, 7, lanes, wide_vectors=wide)])
+    assert struct.pack("<q", named(made)[0]["slack"]) == struct.pack("<d", slack)
 
 
 def test_13824_columns_do_not_pay_for_16384():
@@ -147,9 +180,21 @@ def test_launches_do_not_grow_with_layers(launches, orders, iterations, update, 
     assert launches == ["half_step_kernel"] * (expected - 1) + ["divide_kernel"]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_tolerance_costs_no_launch(launches, order):
+    layers = small(4, order, n_power_iterations=4, tol=0.5) + small(3, order, scale=2.0)
+    layers += small(2, order, bound=1.0)
+    report = torch.empty(2, len(layers))
+    run(layers, backend="triton", convergence=report)
+    assert launches == ["half_step_kernel"] * 8 + ["divide_kernel"]
+    assert (report[1, :4] < 4).all()  # whatever was left to do
+
+
 def test_a_backward_is_two_launches(launches):
-    layers = small(40)
-    gradients(layers, [torch.ones_like(layer.weight) for layer in layers], backend="triton")
+    layers = small(38) + small(1, scale=2.0, detach_sigma=True) + small(1, bound=1.0)
+    weights = [layer.weight.requires_grad_() for layer in layers]
+    normalized, _ = run(layers, backend="triton")
+    torch.autograd.grad(normalized, weights, [torch.ones_like(weight) for weight in weights])
     assert launches[-2:] == ["dot_kernel", "gradient_kernel"] and len(launches) == 5
 
 

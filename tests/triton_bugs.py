@@ -22,8 +22,9 @@ triton_interpreter.ask_for()
 
 import samples  # noqa: E402
 import torch  # noqa: E402
-from stock import Layer  # noqa: E402
+from stock import Layer, iterate  # noqa: E402
 from test_numeric import check_backward, check_forward, gradients, normalize  # noqa: E402
+from test_options import run  # noqa: E402
 
 from spectral_ext import backends  # noqa: E402
 from spectral_ext.backends.triton import (  # noqa: E402
@@ -44,22 +45,51 @@ OTHER = [
     ("device", "column // inner * (rows * inner) + column % inner", "column"),
     ("device", "tl.load(orders + order + column, mask=mask, other=0)", "place"),
     ("device", "(tl.load(facts + CONTIGUOUS) != 0)", "True"),
+    ("device", "(sigma == 0) | is_within", "is_within"),
+    ("device", "(tl.load(facts + SOFT) != 0) & ", ""),
+    ("device", "<= number(facts, TARGET)", "< number(facts, TARGET)"),
+    ("device", "elif is_wide != 0:", "elif is_wide < 0:"),
+    ("device", "tl.load(facts + PLACE) + slot * count", "tl.load(facts + PLACE)"),
+    ("forward_kernels", "step // 2 % 2", "step // 2 * 0"),
+    ("forward_kernels", "tl.where(starts_with_columns, columns, rows)", "rows"),
+    ("forward_kernels", "tl.where(starts_with_columns, rows, columns)", "columns"),
+    ("forward_kernels", "tol * tol * after", "tol * after"),
+    ("forward_kernels", "(step >= 2) & (tol > 0)", "(step >= 2) & (tol < 0)"),
+    ("forward_kernels", "keep_sum(facts, sums, tile, slot_of(step), ROW_SUMS, ROW_TILES)", "pass"),
+    ("forward_kernels", "keep_sum(facts, sums, tile, slot_of(step), COLUMN_SUMS, CHUNKS)", "pass"),
+    ("forward_kernels", "(step // 2 + 1)", "(step // 2)"),
+    ("forward_kernels", "tiles * 128", "128"),
+    ("forward_kernels", "own + V_SQUARE * tiles", "own + U_SQUARE * tiles"),
+    ("forward_kernels", "sigma /= tl.sqrt(square)", "pass"),
+    ("forward_kernels", "u_norm = tl.sqrt(u_square)", "pass"),
+    ("forward_kernels", "v_norm = tl.sqrt(v_square)", "pass"),
+    ("forward_kernels", '(square > 0) & (square < float("inf"))', "square < 2"),
+    ("forward_kernels", "tl.abs(square - 1.0) > number(facts, SLACK)", "square > 0"),
+    ("forward_kernels", "gap <= 0, 0.0", "gap < 0, 0.0"),
+    ("forward_kernels", "if number(facts, TOL) > 0:", "if number(facts, TOL) >= 0:"),
+    ("forward_kernels", "place + count", "place + 1"),
+    ("forward_kernels", "/ number(facts, TARGET)", ""),
+    ("backward_kernels", "number(facts, TARGET) * inverse", "inverse"),
+    ("backward_kernels", " | (tl.load(facts + DETACH_SIGMA) != 0)", ""),
     ("forward_kernels", "first = weight + r * inner", "first = weight + tile * inner"),
     ("forward_kernels", "factor = divide(t, scale, A)", "factor = t"),
     ("forward_kernels", "(scale.to(tl.float64) / length).to(A)", "scale"),
-    ("forward_kernels", "length = divisor(facts, sums, COLUMN_SUMS, CHUNKS).to(A)\n\n", "pass\n\n"),
-    ("forward_kernels", "other = tl.load(u, mask=there, other=0.0).to(A)", "pass"),
+    ("forward_kernels", "length = divisor(facts, sums, slot_of(step - 1), COLUMN_SUMS, CHUNKS).to(A)",
+     "pass"),
+    ("forward_kernels", "divisor(facts, sums, slot_of(step - 1)", "divisor(facts, sums, slot_of(step)"),
+    ("forward_kernels", "sums, slot_of(step - 1), c", "sums, slot_of(step), c"),
+    ("forward_kernels", "other = load_vector", "load_vector"),
     ("forward_kernels", "if step + 1 < tl.load(facts + HALF_STEPS):", "if step < 1:"),
-    ("forward_kernels", "if step < tl.load(facts + HALF_STEPS):", "if True:"),
+    ("forward_kernels", "if step >= tl.load(facts + HALF_STEPS):", "if step < 0:"),
     ("forward_kernels", "c = last - back + tl.arange(0, C)", "c = last + tl.arange(0, C)"),
     ("forward_kernels", "| (sigma == 0)", ""),
-    ("forward_kernels", "tl.where(sigma == 0, 1.0, sigma)", "sigma"),
+    ("forward_kernels", "is_left_alone(facts, sigma), 1.0", "sigma != sigma, 1.0"),
     ("forward_kernels", "tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)",
      "x.to(tl.int32, bitcast=True) & 0x7F800000"),
     ("backward_kernels", "- along_u[:, None] * v[None, :]", ""),
     ("backward_kernels", "coefficient -= tl.load", "coefficient += tl.load"),
-    ("backward_kernels", "tl.where(sigma == 0, 0.0, along * factor)", "along * factor"),
-    ("backward_kernels", "tl.where(sigma == 0, 1.0, sigma)", "sigma"),
+    ("backward_kernels", "tl.where(left_alone, 0.0, along * inverse)", "along * inverse"),
+    ("backward_kernels", "tl.where(left_alone, 1.0, number", "(number"),
     ("backward_kernels", "along_u = coefficient * tl.load(saved_u + r",
      "along_u = coefficient * tl.load(saved_u + r - r"),
 ]  # fmt: skip
@@ -152,11 +182,11 @@ def put_at_the_edge():
                 "y": (group.vectors, of["columns"]),
                 "shares": (group.vectors, of["row_tiles"] * of["columns"]),
                 "scales": (group.vectors, of["row_tiles"]),
-                "column_sums": (group.sums, of["chunks"]),
             }
-            if not len(group.vectors):
-                parts = {}  # of a backward
-            parts["row_sums"] = (group.sums, of["row_tiles"])
+            sums = tables._sums_of(of)
+            if not len(group.vectors):  # of a backward
+                parts, sums = {}, {"row_sums": of["row_tiles"]}
+            parts |= {name: (group.sums, size) for name, size in sums.items()}
             for name, (workspace, size) in parts.items():
                 part = torch.empty(size, dtype=workspace.dtype)
                 distance = part.data_ptr() - workspace.data_ptr()
@@ -177,13 +207,69 @@ CASES = [((5, 7), 0), ((130, 36), 0), ((33, 132), 0), ((9, 2052), 0), ((4, 6, 3,
 
 def layer(shape, dim=0, **settings):
     """Return a layer whose tensors end where the memory ends."""
-    made = samples.layer(shape, dim, **settings)
-    made.weight, made.u, made.v = map(at_the_edge, (made.weight, made.u, made.v))
-    return made
+    return moved(samples.layer(shape, dim, **settings))
+
+
+def moved(one, u_factor=1.0, v_factor=1.0):
+    """Return a copy whose tensors end where the memory ends, with other u and v."""
+    tensors = one.weight.detach(), one.u * u_factor, one.v * v_factor
+    return one.with_tensors(*map(at_the_edge, tensors))
+
+
+def stopping_after(steps, one):
+    """Return a layer with a tolerance that it reaches after so many steps."""
+    _, residual = iterate(replace(one.to(torch.float64), n_power_iterations=steps))
+    return replace(one, tol=1.01 * residual)
+
+
+def check_options(order):
+    """Raise unless layers that stop, have targets, and float32 or averaged vectors are as specified."""
+    iterating = {"order": order, "n_power_iterations": 4}
+    layers = [
+        *(stopping_after(steps, layer((130, 36), **iterating)) for steps in (1, 2, 3)),
+        layer((9, 7), tol=1e-9, **iterating),
+        layer((5, 7), dtype=torch.bfloat16, tol=0.1, **iterating),
+        layer((5, 7), dtype=torch.bfloat16, order=order),
+        layer((6, 4), tol=0.5, **iterating),
+        layer((6, 4), scale=2.0, order=order),
+        layer((2, 2), bound=2.0, order=order),  # of σ = 2
+        layer((6, 4), bound=0.1, detach_sigma=True, order=order),
+    ]
+    wide, zero, within = layers[4], layers[6], layers[8]
+    wide.u, wide.v = at_the_edge(wide.u.float()), at_the_edge(wide.v.float())
+    zero.weight.zero_()
+    within.weight.copy_(2 * torch.eye(2))
+    for vector in (within.u, within.v):
+        vector.copy_(torch.tensor([1.0, 0.0]))
+    _, iterations = check_like_reference(layers, True)
+    assert iterations.tolist() == [1, 2, 3, 4, 1, 1, 1, 1, 1, 1]
+    # Averages, but the vectors of half precision are within rounding; and of a zero u there is no norm.
+    factors = [(0.5, 0.25)] * 5 + [(1 + 2**-7, 1), (0, 1)] + [(0.5, 0.25)] * 3
+    check_like_reference([moved(one, *f) for one, f in zip(layers, factors, strict=True)], False)
+
+
+def check_like_reference(layers, update):
+    """Raise unless all results are those of the specification; return how far the layers went."""
+    results, reports = [], []
+    copies = [one.with_tensors(one.weight.clone(), one.u.clone(), one.v.clone()) for one in layers]
+    for part, backend in ((layers, "triton"), (copies, "reference")):
+        torch.manual_seed(1)
+        report = torch.empty(2, len(part))
+        weights = [one.weight.detach().requires_grad_() for one in part]
+        normalized, sigmas = run(part, update, backend, weights, convergence=report)
+        grads = [*(torch.randn_like(weight) for weight in weights), torch.randn_like(sigmas)]
+        gradients = torch.autograd.grad([*normalized, sigmas], weights, grads)
+        vectors = [vector for one in part for vector in (one.u, one.v)]
+        results.append([sigmas.detach(), *normalized, *gradients, *vectors])
+        reports.append(report)
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*reports, rtol=0, atol=1e-4, equal_nan=True)
+    return reports[0]
 
 
 def check():
     """Raise if the numbers are wrong, or something was written where nothing should be."""
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
     put_at_the_edge()
     for order in ("u_first", "v_first"):
         torch.manual_seed(0)
@@ -195,6 +281,7 @@ def check():
         check_backward([one.to(torch.float32) for one in layers], grads, True, "triton")
         check_forward(layers, True, "triton")
         check_forward(layers, False, "triton")
+        check_options(order)
     check_forward([layer((5, 300), eps=100.0), layer((1, 129 * 128))], True, "triton")
 
     huge = layer((20, 10), scale=1e30, eps=1e-305)

@@ -13,6 +13,8 @@ def ask_for() -> None:
 
 def improve() -> None:
     """Mend what keeps the interpreter from being a test of these kernels."""
+    import warnings
+
     import numpy
     import torch
     import triton.language as tl
@@ -34,7 +36,9 @@ def improve() -> None:
 
     def launch_anew(self, *args, **kwargs):
         replaced.clear()
-        with numpy.errstate(all="ignore"):  # a device does not warn either
+        # A device does not warn either.
+        with numpy.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             return launch(self, *args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call

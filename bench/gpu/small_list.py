@@ -1,7 +1,8 @@
 """A short list of small layers through every path of the kernels, for compute-sanitizer.
 
-Fused and very wide rows, every layout of memory, all dtypes, both orders, both schedules, forward
-and backward, by CUDA's kernels and by Triton's. The numbers are checked by tests/test_cuda_device.py.
+Fused and very wide rows, every layout of memory, all dtypes, both orders, both schedules, targets and
+tolerances, forward and backward, by CUDA's kernels and by Triton's. The numbers are checked by
+tests/test_cuda_device.py.
 """
 
 import os
@@ -38,8 +39,11 @@ def step(backend: str, dtype: torch.dtype, order: str, channels_last: bool, offs
             us,
             vs,
             dims=[dim for _, dim in SHAPES],
-            n_power_iterations=2,
+            n_power_iterations=3,
             order=order,
+            tol=[0.5, 0.0, 0.01, 0.1, 0.3, 0.0, 0.9],
+            bound=[None, 0.1, None, 1e3, None, 0.5, None],
+            detach_sigma=[False, False, True, False, False, True, False],
             update=update,
             backend=backend,
         )

@@ -1,10 +1,11 @@
-// Gradients of many layers: gW = (G − a·u vᵀ) / σ + gσ·u vᵀ with a = ⟨G, Y⟩, u and v constant.
+// Gradients of many layers: gW = (c·G − a·u vᵀ) / σ + gσ·u vᵀ with a = ⟨G, Y⟩, u and v constant.
+// Without the term of a where σ is a constant of the output; gW = G + gσ·u vᵀ where the forward has
+// left the weight alone.
 //
 // Two stages for a layer: dot products over slices of the storage, added up in order; then the
 // rank-one update of each slice, last slice first, since its G is still in cache. Storage is walked
 // in lines: runs of elements that share a row (a column, where inner is 1), so that one factor of u
-// vᵀ is a number and the other a contiguous vector. Where σ is zero the forward passed the weight
-// through: gW = G.
+// vᵀ is a number and the other a contiguous vector.
 #include <algorithm>
 #include <type_traits>
 
@@ -55,7 +56,7 @@ class Backward {
   void dot_slice(int64_t slice) {
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
-    partial_[slice] = layer_.grad_output == nullptr
+    partial_[slice] = layer_.grad_output == nullptr || layer_.detach_sigma
                           ? 0
                           : kernels_.dot(static_cast<const T*>(layer_.grad_output) + begin,
                                          static_cast<const T*>(layer_.output) + begin, count);
@@ -68,8 +69,10 @@ class Backward {
         layer_.grad_sigma == nullptr ? 0 : *static_cast<const A*>(layer_.grad_sigma);
     double along = 0;
     for (int64_t i = 0; i < cut_.slices; ++i) along += partial_[i];
-    const A scale = static_cast<A>(sigma == 0 ? 1 : 1 / sigma);
-    const A coefficient = static_cast<A>((sigma == 0 ? 0 : along / sigma) - grad_sigma);
+    const bool left_alone = is_left_alone(sigma, layer_.scale, layer_.soft);
+    const A scale = static_cast<A>(left_alone ? 1 : layer_.scale / sigma);
+    const bool constant = left_alone || layer_.detach_sigma;
+    const A coefficient = static_cast<A>((constant ? 0 : along / sigma) - grad_sigma);
 
     const Shape& shape = layer_.shape;
     const A *u = static_cast<const A*>(layer_.u), *v = v_in_storage_order();

@@ -6,12 +6,19 @@
 // pass where stock makes three. v_first starts with column sums weighted by u and ends with row
 // dots; its passes between are the same. In evaluation one pass gives σ = Σ u_r t_r.
 //
+// With a tolerance the passes after the one that met it do nothing. An iteration is judged by its
+// two norms, ‖Mv‖ and ‖Mᵀu‖ (reference.py). Their squares lie in two slots, which iterations take
+// in turn: while some items of an iteration write one, all look at the other, and what is skipped
+// hands the older on.
+//
 // Stages of a layer: for each pass, blocks of rows (then, if columns were summed, chunks of columns
 // that add the blocks up in order); at last, slices of the storage that are divided by σ.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cpu.h"
 #include "kernels.h"
@@ -39,6 +46,10 @@ struct Cut {
   int64_t rows_per_block, blocks, chunks, slice, slices;
   int64_t rows_per_pack;
   bool whole;
+
+  /// The iteration that makes ‖t‖ in pass p (−1: none does), and that makes ‖y‖ after it.
+  int64_t iteration_of_rows(int64_t p) const { return p - (update && v_first ? 1 : 0); }
+  int64_t iteration_of_columns(int64_t p) const { return p; }
 
   Cut(const Layer& layer, bool is_update)
       : update(is_update),
@@ -79,7 +90,8 @@ struct Cut {
 template <class A>
 struct Workspace {
   A *t, *y, *partial, *scale;
-  double *block_sum, *chunk_sum;
+  double *block_sum, *chunk_sum;  // two slots of each; in evaluation the second is for Σu² and Σv²
+  int64_t* iterations;            // that were made
 
   Workspace(const Layer& layer, const Cut& cut, Arena& arena) {
     const int64_t columns = layer.shape.columns();
@@ -87,8 +99,9 @@ struct Workspace {
     y = arena.take<A>(columns);
     partial = arena.take<A>(cut.pass(0).sums ? cut.blocks * columns : 0);
     scale = arena.take<A>(cut.blocks);
-    block_sum = arena.take<double>(cut.blocks);
-    chunk_sum = arena.take<double>(cut.chunks);
+    block_sum = arena.take<double>(2 * cut.blocks);
+    chunk_sum = arena.take<double>(2 * cut.chunks);
+    iterations = arena.take<int64_t>(1);
   }
 };
 
@@ -138,6 +151,8 @@ class Forward {
   /// One pass over a block of rows.
   void read_block(int64_t p, int64_t block) {
     const Pass pass = cut_.pass(p);
+    const int64_t iteration = cut_.iteration_of_rows(p);
+    if (is_over(iteration)) return keep(blocks(iteration), blocks(iteration - 1), block);
     const int64_t columns = layer_.shape.columns();
     const int64_t begin = block * cut_.rows_per_block;
     const int64_t end = std::min(layer_.shape.rows, begin + cut_.rows_per_block);
@@ -169,45 +184,114 @@ class Forward {
       const double t = work_.t[r];
       total += t * (update_ ? t : static_cast<double>(u_at(r)));
     }
-    work_.block_sum[block] = total;
+    blocks(iteration)[block] = total;
+    if (!update_) measure_vectors(block, begin, end);
+  }
+
+  /// Σu² of a block of rows, and Σv².
+  void measure_vectors(int64_t block, int64_t begin, int64_t end) {
+    double total = 0;
+    for (int64_t r = begin; r < end; ++r) total += square(u_at(r));
+    blocks(1)[block] = total;
+    if (block > 0) return;
+    total = 0;
+    for (int64_t c = 0; c < layer_.shape.columns(); ++c) total += square(v_at(c));
+    chunks(1)[0] = total;
   }
 
   /// Adds the blocks' partial sums of some columns and makes them y = Mᵀu.
   void combine_chunk(int64_t p, int64_t chunk) {
+    const int64_t iteration = cut_.iteration_of_columns(p);
+    if (is_over(iteration)) return keep(chunks(iteration), chunks(iteration - 1), chunk);
+    if (chunk == 0) *work_.iterations = iteration + 1;
     const int64_t columns = layer_.shape.columns();
     const int64_t begin = cut_.chunks == 1 ? 0 : chunk * kChunkColumns;
     const int64_t end = cut_.chunks == 1 ? columns : std::min(columns, begin + kChunkColumns);
     // s = Σ partial / scale: bring all blocks to the smallest scale, a power of two, which loses
     // nothing.
     const A common = *std::min_element(work_.scale, work_.scale + cut_.blocks);
-    const double d1 = cut_.pass(p).dots ? std::max(norm_of_blocks(), layer_.eps) : 1;
-    work_.chunk_sum[chunk] = kernels_.combine(
+    const double d1 =
+        cut_.pass(p).dots ? std::max(norm_of_t(cut_.iteration_of_rows(p)), layer_.eps) : 1;
+    chunks(iteration)[chunk] = kernels_.combine(
         work_.partial + begin, columns, cut_.blocks, work_.scale, common,
         static_cast<A>(d1 * static_cast<double>(common)), work_.y + begin, end - begin);
   }
 
-  /// Divides a slice of the storage by σ; the first slice also writes σ and the vectors.
+  /// Divides a slice of the storage by σ / c; the first slice also writes σ and the vectors.
   void divide_slice(int64_t slice) {
     const double sigma = this->sigma();
-    const bool is_zero = static_cast<A>(sigma) == 0;  // as the caller will see it
-    if (slice == 0) write_vectors(static_cast<A>(sigma));
+    const A rounded = static_cast<A>(sigma);  // as the caller will see it
+    if (slice == 0) {
+      write_vectors(rounded);
+      if (layer_.residual != nullptr) write_convergence();
+    }
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
-    kernels_.divide(static_cast<const T*>(layer_.weight) + begin,
-                    static_cast<T*>(layer_.output) + begin, count, is_zero ? 1 : sigma, streaming_);
+    kernels_.divide(
+        static_cast<const T*>(layer_.weight) + begin, static_cast<T*>(layer_.output) + begin, count,
+        is_left_alone(rounded, layer_.scale, layer_.soft) ? 1 : sigma / layer_.scale, streaming_);
     if (streaming_) kernels_.fence();
   }
 
-  double norm_of_blocks() const { return std::sqrt(sum(work_.block_sum, cut_.blocks)); }
-  double norm_of_chunks() const { return std::sqrt(sum(work_.chunk_sum, cut_.chunks)); }
+  double* blocks(int64_t iteration) const {
+    return work_.block_sum + slot(iteration) * cut_.blocks;
+  }
+  double* chunks(int64_t iteration) const {
+    return work_.chunk_sum + slot(iteration) * cut_.chunks;
+  }
+  static int64_t slot(int64_t iteration) { return iteration & 1; }
+  static void keep(double* to, const double* from, int64_t i) { to[i] = from[i]; }
+  static double square(double x) { return x * x; }
 
-  /// ‖Mᵀu‖ or ‖Mv‖, whichever the last pass found: σ before eps.
-  double last_norm() const { return layer_.v_first ? norm_of_blocks() : norm_of_chunks(); }
+  double square_of_t(int64_t iteration) const { return sum(blocks(iteration), cut_.blocks); }
+  double square_of_y(int64_t iteration) const { return sum(chunks(iteration), cut_.chunks); }
+  double norm_of_t(int64_t iteration) const { return std::sqrt(square_of_t(iteration)); }
+  double norm_of_y(int64_t iteration) const { return std::sqrt(square_of_y(iteration)); }
+
+  /// The squares of the first and the second norm that an iteration has found, before eps.
+  std::pair<double, double> squares(int64_t iteration) const {
+    const double t = square_of_t(iteration), y = square_of_y(iteration);
+    return layer_.v_first ? std::pair(y, t) : std::pair(t, y);
+  }
+
+  /// Whether an earlier iteration met the tolerance.
+  bool is_over(int64_t iteration) const {
+    if (layer_.tol == 0 || iteration < 1 || !update_) return false;
+    const auto [before, after] = squares(iteration - 1);
+    return after - before <= layer_.tol * layer_.tol * after;
+  }
+
+  int64_t last_iteration() const { return layer_.n_power_iterations - 1; }
+
+  /// ‖Mᵀu‖ or ‖Mv‖, whichever was found last: σ before eps.
+  double last_norm() const {
+    return layer_.v_first ? norm_of_t(last_iteration()) : norm_of_y(last_iteration());
+  }
 
   double sigma() const {
-    if (!update_) return sum(work_.block_sum, cut_.blocks);
+    if (!update_) return square_of_t(0) / norm_of_vectors();
     const double n = last_norm();
     return n * (n / std::max(n, layer_.eps));
+  }
+
+  /// ‖u‖·‖v‖ in evaluation; 1 if only rounding keeps it from that.
+  double norm_of_vectors() const {
+    const double square = square_of_t(1) * chunks(1)[0];
+    const double slack = slack_of_vectors(layer_.dtype, layer_.wide_vectors);
+    const bool off = std::fabs(square - 1) > slack && square > 0 && std::isfinite(square);
+    return off ? std::sqrt(square) : 1;
+  }
+
+  void write_convergence() {
+    double residual = std::numeric_limits<double>::quiet_NaN();
+    double iterations = update_ ? layer_.n_power_iterations : 0;
+    if (update_ && layer_.tol > 0) {
+      const auto [before, after] = squares(last_iteration());
+      residual = after <= before ? 0 : std::sqrt((after - before) / after);
+      iterations = static_cast<double>(*work_.iterations);
+    }
+    *static_cast<A*>(layer_.residual) = static_cast<A>(residual);
+    *static_cast<A*>(layer_.iterations) = static_cast<A>(iterations);
   }
 
   /// v for the dots of pass p, in storage order: the buffer at first, then what the pass before
@@ -215,12 +299,13 @@ class Forward {
   const A* current_v(int64_t p) {
     const int64_t columns = layer_.shape.columns();
     if (p == 0) {
-      if (std::is_same_v<T, A> && layer_.shape.column_order.count == 0 && layer_.v_stride == 1) {
+      if (vectors_are_wide() && layer_.shape.column_order.count == 0 && layer_.v_stride == 1) {
         return static_cast<const A*>(layer_.v);
       }
       for_columns(layer_.shape, [&](int64_t c, int64_t place) { v_scratch_[c] = v_at(place); });
     } else {
-      const A divisor = static_cast<A>(std::max(norm_of_chunks(), layer_.eps));
+      const int64_t iteration = cut_.iteration_of_columns(p - 1);
+      const A divisor = static_cast<A>(std::max(norm_of_y(iteration), layer_.eps));
       for (int64_t c = 0; c < columns; ++c) v_scratch_[c] = work_.y[c] / divisor;
     }
     return v_scratch_;
@@ -231,29 +316,43 @@ class Forward {
     A *u_saved = static_cast<A*>(layer_.u_saved), *v_saved = static_cast<A*>(layer_.v_saved);
     *static_cast<A*>(layer_.sigma) = sigma;
     if (!update_ || sigma == 0) {  // the vectors stay; a σ of zero has none
-      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r);
-      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c);
+      const bool off = !update_ && norm_of_vectors() != 1;
+      const A u_norm = static_cast<A>(off ? norm_of_u() : 1);
+      const A v_norm = static_cast<A>(off ? std::sqrt(chunks(1)[0]) : 1);
+      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r) / u_norm;
+      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c) / v_norm;
       return;
     }
-    const A u_divisor =
-        static_cast<A>(std::max(layer_.v_first ? last_norm() : norm_of_blocks(), layer_.eps));
-    const A v_divisor = static_cast<A>(std::max(norm_of_chunks(), layer_.eps));
+    const int64_t last = last_iteration();
+    const A u_divisor = static_cast<A>(std::max(norm_of_t(last), layer_.eps));
+    const A v_divisor = static_cast<A>(std::max(norm_of_y(last), layer_.eps));
     for (int64_t r = 0; r < shape.rows; ++r) {
       u_saved[r] = work_.t[r] / u_divisor;
-      static_cast<T*>(layer_.u)[r * layer_.u_stride] = from_compute<T>(u_saved[r]);
+      write_vector(layer_.u, r * layer_.u_stride, u_saved[r]);
     }
     for_columns(shape, [&](int64_t c, int64_t place) {
       v_saved[place] = work_.y[c] / v_divisor;
-      static_cast<T*>(layer_.v)[place * layer_.v_stride] = from_compute<T>(v_saved[place]);
+      write_vector(layer_.v, place * layer_.v_stride, v_saved[place]);
     });
   }
 
-  A u_at(int64_t i) const {
-    return to_compute(static_cast<const T*>(layer_.u)[i * layer_.u_stride]);
+  double norm_of_u() const { return norm_of_t(1); }  // in evaluation
+
+  bool vectors_are_wide() const { return std::is_same_v<T, A> || layer_.wide_vectors; }
+
+  void write_vector(void* vector, int64_t place, A value) const {
+    if (vectors_are_wide()) {
+      static_cast<A*>(vector)[place] = value;
+    } else {
+      static_cast<T*>(vector)[place] = from_compute<T>(value);
+    }
   }
-  A v_at(int64_t i) const {
-    return to_compute(static_cast<const T*>(layer_.v)[i * layer_.v_stride]);
+  A read_vector(const void* vector, int64_t place) const {
+    return vectors_are_wide() ? static_cast<const A*>(vector)[place]
+                              : to_compute(static_cast<const T*>(vector)[place]);
   }
+  A u_at(int64_t i) const { return read_vector(layer_.u, i * layer_.u_stride); }
+  A v_at(int64_t i) const { return read_vector(layer_.v, i * layer_.v_stride); }
 
   const Kernels<T>& kernels_ = kernels<T>();
   const Layer& layer_;

@@ -1,5 +1,5 @@
-// Gradients: gW = (G − a·u vᵀ) / σ + gσ·u vᵀ with a = ⟨G, Y⟩, u and v constant. Where σ is zero the
-// forward passed the weight through: gW = G + gσ·u vᵀ.
+// Gradients: gW = (c·G − a·u vᵀ) / σ + gσ·u vᵀ with a = ⟨G, Y⟩, u and v constant. Without the term
+// of a where σ counts as a constant; gW = G + gσ·u vᵀ where the forward has left the weight alone.
 //
 // Two kinds of pieces over elements in storage order: partial dot products, then the update, which
 // begins with what the dots have read last. A third puts v into storage order for channels_last
@@ -54,7 +54,7 @@ __device__ __forceinline__ void dot_elements(const BackwardLayer<T>& layer, cons
   constexpr int kLanes = Vector<T>::kLanes;
   const T *g = layer.grad_output, *y = layer.output;
   double total = 0;
-  if (g != nullptr) {
+  if (g != nullptr && !layer.table.detach_sigma) {
     int64_t i = piece.begin + thread_index();
     if (is_aligned(g) && is_aligned(y)) {
       const int64_t whole = piece.begin + (piece.end - piece.begin) / kLanes * kLanes;
@@ -110,8 +110,9 @@ __device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, c
   const double along = total_of(layer.block_sums, layer.table.blocks);
   const double sigma = *layer.sigma,
                grad_sigma = layer.grad_sigma == nullptr ? 0 : *layer.grad_sigma;
-  const A scale = static_cast<A>(sigma == 0 ? 1 : 1 / sigma);
-  const A coefficient = static_cast<A>((sigma == 0 ? 0 : along / sigma) - grad_sigma);
+  const bool left_alone = is_left_alone(layer.table, sigma);
+  const A scale = static_cast<A>(left_alone ? 1 : layer.table.target / sigma);
+  const A coefficient = static_cast<A>((left_alone ? 0 : along / sigma) - grad_sigma);
   const A* const v = shape.column_order.count > 0 ? layer.ordered_v : layer.v;
   const T* const g = layer.grad_output;
   T* const out = layer.grad_weight;

@@ -14,9 +14,19 @@ __device__ __forceinline__ void combine_columns(const ForwardLayer<T>& layer, co
   using A = compute_t<T>;
   constexpr int kShares = kThreads / kChunkColumns;
   const LayerTable& table = layer.table;
+  const int iteration = piece.iteration;
+  if (layer.is_over(iteration)) {
+    if (thread_index() == 0) {
+      layer.chunk_sums(iteration)[piece.index] = layer.chunk_sums(iteration - 1)[piece.index];
+    }
+    return;
+  }
+  if (piece.index == 0 && thread_index() == 0) *layer.iterations_made() = iteration + 1;
   const int64_t columns = table.shape.outer * table.shape.inner;
-  // The first half-step of v_first takes u as it is.
-  const double d1 = piece.initial && table.v_first ? 1 : at_least(layer.norm_of_t(), table.eps);
+  // The first half-step of v_first takes u as it is, later ones that of the iteration before.
+  const double d1 = piece.initial && table.v_first
+                        ? 1
+                        : at_least(layer.norm_of_t(iteration - table.v_first), table.eps);
 
   A common = largest_scale<A>();
   for (int b = 0; b < table.blocks; ++b)
@@ -45,7 +55,7 @@ __device__ __forceinline__ void combine_columns(const ForwardLayer<T>& layer, co
     squared = static_cast<double>(sum) * static_cast<double>(sum);
   }
   squared = block_sum(squared);
-  if (thread_index() == 0) layer.chunk_sums()[piece.index] = squared;
+  if (thread_index() == 0) layer.chunk_sums(iteration)[piece.index] = squared;
 }
 
 }  // namespace spectral_ext::cuda

@@ -150,6 +150,11 @@ __device__ __forceinline__ double total_of(const double* values, int count) {
   return block_sum(x);
 }
 
+/// What layer.h's function of this name says, on the device; σ as the caller sees it.
+__device__ __forceinline__ bool is_left_alone(const LayerTable& table, double sigma) {
+  return table.soft ? sigma <= table.target : sigma == 0;
+}
+
 /// The place in v of column c in storage order.
 __device__ __forceinline__ int64_t place_in_v(const ColumnOrder& order, int64_t c) {
   if (order.count == 0) return c;

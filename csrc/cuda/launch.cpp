@@ -240,6 +240,7 @@ const Launches& prepare_forward(const std::vector<Layer>& layers, bool update, i
   for (const Layer& layer : layers) {
     append(key, layer.shape, layer.dtype);
     key.insert(key.end(), {layer.v_first, layer.n_power_iterations, bits_of(layer.eps),
+                           bits_of(layer.tol), bits_of(layer.scale), layer.soft, layer.wide_vectors,
                            layer.u_stride, layer.v_stride});
   }
   return cached(key, [&] {
@@ -264,7 +265,8 @@ const Launches& prepare_backward(const std::vector<LayerGradient>& layers, const
     places.saved.push_back(index_in(saved, layer.u));
     places.sigma.push_back(static_cast<int32_t>(index_in(sigmas, layer.sigma)));
     append(key, layer.shape, layer.dtype);
-    key.insert(key.end(), {places.saved.back(), places.sigma.back()});
+    key.insert(key.end(), {places.saved.back(), places.sigma.back(), bits_of(layer.scale),
+                           layer.soft, layer.detach_sigma});
   }
   return cached(key, [&] {
     return prepare(layers, places, device, [&](const auto& picked, const Places& picked_places) {
@@ -283,6 +285,8 @@ void forward(const Launches& launches, const std::vector<Layer>& layers, const T
     ForwardArguments arguments;
     arguments.saved = layers.front().u_saved;
     arguments.sigmas = layers.front().sigma;
+    arguments.residuals = layers.front().residual;
+    arguments.iterations = layers.front().iterations;
     for (size_t i = 0; i < launch.layers.size(); ++i) {
       const Layer& layer = layers[launch.layers[i]];
       arguments.layers[i] = {layer.weight, layer.output, layer.u, layer.v};

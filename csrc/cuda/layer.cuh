@@ -12,8 +12,10 @@ struct ForwardLayer {
 
   const LayerTable& table;
   const T* weight;
-  T *output, *u, *v;
+  T* output;
+  void *u, *v;  // elements of T, or of A
   A *u_saved, *v_saved, *sigma;
+  A *residual, *iterations;  // null: not wanted
   char* workspace;
 
   __device__ __forceinline__ ForwardLayer(const ForwardArguments& arguments, int index)
@@ -22,11 +24,16 @@ struct ForwardLayer {
     workspace = global(arguments.workspace);
     weight = global(static_cast<const T*>(pointers.weight));
     output = global(static_cast<T*>(pointers.output));
-    u = global(static_cast<T*>(pointers.u));
-    v = global(static_cast<T*>(pointers.v));
+    u = global(pointers.u);
+    v = global(pointers.v);
     u_saved = global(static_cast<A*>(arguments.saved)) + table.saved;
     v_saved = u_saved + table.shape.rows;
     sigma = global(static_cast<A*>(arguments.sigmas)) + table.sigma;
+    residual = iterations = nullptr;
+    if (arguments.residuals != nullptr) {
+      residual = global(static_cast<A*>(arguments.residuals)) + table.sigma;
+      iterations = global(static_cast<A*>(arguments.iterations)) + table.sigma;
+    }
   }
 
   // Places in the workspace are looked up where they are used: pointers to all of them, held over a
@@ -39,29 +46,83 @@ struct ForwardLayer {
   __device__ __forceinline__ A* y() const { return in_workspace<A>(table.y); }
   __device__ __forceinline__ A* partial() const { return in_workspace<A>(table.partial); }
   __device__ __forceinline__ A* scale() const { return in_workspace<A>(table.scale); }
-  __device__ __forceinline__ double* block_sums() const {
-    return in_workspace<double>(table.block_sums);
-  }
-  __device__ __forceinline__ double* chunk_sums() const {
-    return in_workspace<double>(table.chunk_sums);
+  __device__ __forceinline__ int32_t* iterations_made() const {
+    return in_workspace<int32_t>(table.iterations);
   }
 
-  __device__ __forceinline__ A u_at(int64_t i) const { return to_compute(u[i * table.u_stride]); }
-  __device__ __forceinline__ A v_at(int64_t i) const { return to_compute(v[i * table.v_stride]); }
-
-  // All threads of the CTA must call these, and get the same.
-  __device__ __forceinline__ double norm_of_t() const {
-    return sqrt(total_of(block_sums(), table.blocks));
+  // The sums of squares of t by blocks and of y by chunks. Iterations take two slots in turn: while
+  // the pieces of one write theirs, all of them look at the other's to see whether it met the
+  // tolerance. In evaluation the first slot of the blocks has Σ u t, and the second slots have Σ u²
+  // by blocks and Σ v².
+  __device__ __forceinline__ double* block_sums(int iteration) const {
+    return in_workspace<double>(table.block_sums) + (iteration & 1) * table.blocks;
   }
-  __device__ __forceinline__ double norm_of_y() const {
-    return sqrt(total_of(chunk_sums(), table.chunks));
+  __device__ __forceinline__ double* chunk_sums(int iteration) const {
+    return in_workspace<double>(table.chunk_sums) + (iteration & 1) * table.chunks;
+  }
+  __device__ __forceinline__ double* square_of_v() const { return chunk_sums(1); }
+
+  __device__ __forceinline__ A u_at(int64_t i) const { return element(u, i * table.u_stride); }
+  __device__ __forceinline__ A v_at(int64_t i) const { return element(v, i * table.v_stride); }
+  __device__ __forceinline__ A element(const void* vector, int64_t place) const {
+    if constexpr (sizeof(T) < sizeof(A)) {
+      if (!table.wide_vectors) return to_compute(static_cast<const T*>(vector)[place]);
+    }
+    return static_cast<const A*>(vector)[place];
+  }
+  __device__ __forceinline__ void write_element(void* vector, int64_t place, A value) const {
+    if (sizeof(T) == sizeof(A) || table.wide_vectors) {
+      static_cast<A*>(vector)[place] = value;
+    } else {
+      store(static_cast<T*>(vector) + place, value);
+    }
+  }
+
+  // All threads of the CTA must call what follows, and get the same.
+  __device__ __forceinline__ double square_of_t(int iteration) const {
+    return total_of(block_sums(iteration), table.blocks);
+  }
+  __device__ __forceinline__ double square_of_y(int iteration) const {
+    return total_of(chunk_sums(iteration), table.chunks);
+  }
+  __device__ __forceinline__ double norm_of_t(int iteration) const {
+    return sqrt(square_of_t(iteration));
+  }
+  __device__ __forceinline__ double norm_of_y(int iteration) const {
+    return sqrt(square_of_y(iteration));
+  }
+
+  /// The squares of the norms, before eps, of the first and the second vector of an iteration.
+  struct Squares {
+    double before, after;
+  };
+  __device__ __forceinline__ Squares squares(int iteration) const {
+    const double t = square_of_t(iteration), y = square_of_y(iteration);
+    return table.v_first ? Squares{y, t} : Squares{t, y};
+  }
+
+  /// Whether an iteration is not made because one before it met the tolerance. See reference.py.
+  __device__ __forceinline__ bool is_over(int iteration) const {
+    if (table.tol == 0 || iteration == 0) return false;
+    const Squares of = squares(iteration - 1);
+    return of.after - of.before <= table.tol * table.tol * of.after;
+  }
+
+  __device__ __forceinline__ int last_iteration() const { return table.n_power_iterations - 1; }
+
+  /// In evaluation: ‖u‖·‖v‖, and 1 where only rounding keeps it from that.
+  __device__ __forceinline__ double norm_of_vectors() const {
+    const double square = square_of_t(1) * *square_of_v();
+    const bool off = fabs(square - 1) > table.slack && square > 0 && square < __builtin_inf();
+    return off ? sqrt(square) : 1;
   }
 
   /// uᵀMv: without an update the dots have summed it up; after one it is the last norm, which
   /// stock divides by max(n, eps) and multiplies by n again.
   __device__ __forceinline__ A find_sigma() const {
-    if (!table.update) return static_cast<A>(total_of(block_sums(), table.blocks));
-    const double n = table.v_first ? norm_of_t() : norm_of_y();
+    if (!table.update) return static_cast<A>(square_of_t(0) / norm_of_vectors());
+    const int last = last_iteration();
+    const double n = table.v_first ? norm_of_t(last) : norm_of_y(last);
     return static_cast<A>(n * (n / at_least(n, table.eps)));
   }
 };

@@ -152,7 +152,8 @@ class Builder {
     for (auto ticket = tickets.rbegin(); ticket != tickets.rend(); ++ticket) {
       for (const Range& range : *ticket) {
         const auto [layer, kind, count, bytes, granule] = range.units;
-        add({range.begin, range.end, layer, 0, index[{layer, kind}]++, kind, false, false, false});
+        add({range.begin, range.end, layer, 0, index[{layer, kind}]++, 0, kind, false, false,
+             false});
       }
       end_ticket();
     }
@@ -200,15 +201,19 @@ struct Stage {
   Kind kind;
   Pass pass;
   bool initial;
+  int32_t iteration;
 };
 
 std::vector<Stage> stages_of(const std::vector<Pass>& passes) {
   std::vector<Stage> stages;
-  for (size_t p = 0; p < passes.size(); ++p) {
+  int32_t dots = 0, sums = 0;  // each iteration has one of both
+  for (const Pass& pass : passes) {
     // Only a first pass, or the dots that follow nothing, read the vectors that the caller gave.
-    const bool initial = p == 0;
-    stages.push_back({Kind::kRows, passes[p], initial});
-    if (passes[p].sums) stages.push_back({Kind::kColumns, {false, false}, initial});
+    const bool initial = stages.empty();
+    stages.push_back({Kind::kRows, pass, initial, pass.dots ? dots : sums});
+    if (pass.sums) stages.push_back({Kind::kColumns, {false, false}, initial, sums});
+    dots += pass.dots;
+    sums += pass.sums;
   }
   return stages;
 }
@@ -219,8 +224,9 @@ void place_workspace(LayerTable& table, int64_t size, Workspace& workspace) {
   table.y = workspace.take(columns, size);
   table.partial = workspace.take(table.blocks * columns, size);
   table.scale = workspace.take(table.blocks, size);
-  table.block_sums = workspace.take(table.blocks, 8);
-  table.chunk_sums = workspace.take(table.chunks, 8);
+  table.block_sums = workspace.take(2 * table.blocks, 8);
+  table.chunk_sums = workspace.take(2 * table.chunks, 8);
+  table.iterations = workspace.take(1, 4);
 }
 
 }  // namespace
@@ -254,6 +260,12 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
     table.u_stride = layer.u_stride;
     table.v_stride = layer.v_stride;
     table.eps = layer.eps;
+    table.tol = layer.tol;
+    table.target = layer.scale;
+    table.slack = slack_of_vectors(layer.dtype, layer.wide_vectors);
+    table.n_power_iterations = layer.n_power_iterations;
+    table.wide_vectors = layer.wide_vectors;
+    table.soft = layer.soft;
     table.saved = places.saved[i];
     table.sigma = places.sigma[i];
     table.update = update;
@@ -290,8 +302,8 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
       for (const Range& range : ticket) {
         const int32_t i = range.units.layer;
         if (const Stage* stage = stage_of(i, Kind::kRows)) {
-          builder.add({range.begin, range.end, i, 0, block[i]++, Kind::kRows, stage->pass.dots,
-                       stage->pass.sums, stage->initial});
+          builder.add({range.begin, range.end, i, 0, block[i]++, stage->iteration, Kind::kRows,
+                       stage->pass.dots, stage->pass.sums, stage->initial});
         }
       }
       builder.end_ticket();
@@ -309,8 +321,9 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
         for (int64_t c = range.begin; c < range.end; ++c) {
           const int64_t begin = c * kChunkColumns;
           const int64_t end = std::min(plan.layers[i].shape.columns(), begin + kChunkColumns);
-          builder.add({begin, end, i, 0, static_cast<int32_t>(c), Kind::kColumns, false, false,
-                       stage_of(i, Kind::kColumns)->initial});
+          const Stage* const stage = stage_of(i, Kind::kColumns);
+          builder.add({begin, end, i, 0, static_cast<int32_t>(c), stage->iteration, Kind::kColumns,
+                       false, false, stage->initial});
         }
       }
       builder.end_ticket();
@@ -335,6 +348,9 @@ Plan plan_backward(const std::vector<LayerGradient>& layers, const Places& place
     plan.layers[i].shape = shape;
     plan.layers[i].saved = places.saved[i];
     plan.layers[i].sigma = places.sigma[i];
+    plan.layers[i].target = layers[i].scale;
+    plan.layers[i].soft = layers[i].soft;
+    plan.layers[i].detach_sigma = layers[i].detach_sigma;
     dots.push_back({i, Kind::kDot, shape.numel(), 2 * size, kGranule});
     if (shape.column_order.count > 0) {
       dots.push_back(

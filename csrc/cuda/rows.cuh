@@ -16,15 +16,45 @@
 
 namespace spectral_ext::cuda {
 
+/// ‖y‖ of the y that gives the dots of a piece their v: the latest.
+template <class T>
+__device__ __forceinline__ compute_t<T> divisor_of_y(const ForwardLayer<T>& layer,
+                                                     const Piece& piece) {
+  const int iteration = piece.iteration - (layer.table.v_first ? 0 : 1);
+  return static_cast<compute_t<T>>(at_least(layer.norm_of_y(iteration), layer.table.eps));
+}
+
+/// Σ u² of the rows of a piece, and Σ v², for evaluation.
+template <class T>
+__device__ __forceinline__ void measure_vectors(const ForwardLayer<T>& layer, const Piece& piece) {
+  double total = 0;
+  for (int64_t i = piece.begin + thread_index(); i < piece.end; i += kThreads) {
+    const double value = layer.u_at(i);
+    total += value * value;
+  }
+  total = block_sum(total);
+  if (thread_index() == 0) layer.block_sums(1)[piece.index] = total;
+  if (piece.index != 0) return;
+  total = 0;
+  for (int64_t i = thread_index(); i < layer.table.shape.outer * layer.table.shape.inner;
+       i += kThreads) {
+    const double value = layer.v_at(i);
+    total += value * value;
+  }
+  total = block_sum(total);
+  if (thread_index() == 0) *layer.square_of_v() = total;
+}
+
 /// Fills shared memory with v in storage order, padded with zeros to whole vectors.
 template <class T>
-__device__ __forceinline__ void load_v(const ForwardLayer<T>& layer, bool initial) {
+__device__ __forceinline__ void load_v(const ForwardLayer<T>& layer, const Piece& piece) {
   using A = compute_t<T>;
   A* const v =
       reinterpret_cast<A*>(static_cast<char*>(shared_memory()) + kReductionBytes + kStageBytes);
   const int columns = static_cast<int>(layer.table.shape.outer * layer.table.shape.inner);
   const int padded = (columns + Vector<T>::kLanes - 1) / Vector<T>::kLanes * Vector<T>::kLanes;
-  const A divisor = initial ? A(1) : static_cast<A>(at_least(layer.norm_of_y(), layer.table.eps));
+  const bool initial = piece.initial;
+  const A divisor = initial ? A(1) : divisor_of_y(layer, piece);
   for (int c = thread_index(); c < padded; c += kThreads) {
     if (c >= columns) {
       v[c] = 0;

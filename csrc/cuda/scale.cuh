@@ -1,6 +1,7 @@
-// The end of the forward: Y = W / σ, and the vectors into their buffers and saved copies. Where σ
-// is zero there is nothing to divide by: the weight is passed through and the vectors stay as they
-// were.
+// The end of the forward: Y = W / (σ / c), the vectors into their buffers and saved copies, and how
+// far the iterations went. Where σ is zero there is nothing to divide by: the weight is passed
+// through and the vectors stay as they were. A soft bound passes the weight through, too, but not
+// the vectors. An output may be its weight: whoever reads an element also writes it.
 #pragma once
 
 #include "layer.cuh"
@@ -12,7 +13,9 @@ __device__ __forceinline__ void scale_elements(const ForwardLayer<T>& layer, con
   using A = compute_t<T>;
   constexpr int kLanes = Vector<T>::kLanes;
   const A sigma = layer.find_sigma();
-  const A divisor = sigma == 0 ? A(1) : sigma;
+  const A divisor = is_left_alone(layer.table, sigma)
+                        ? A(1)
+                        : static_cast<A>(static_cast<double>(sigma) / layer.table.target);
   const T* const w = layer.weight;
   T* const y = layer.output;
   int64_t i = piece.begin + thread_index();  // pieces begin at whole vectors
@@ -30,6 +33,23 @@ __device__ __forceinline__ void scale_elements(const ForwardLayer<T>& layer, con
   for (; i < piece.end; i += kThreads) store(y + i, to_compute(w[i]) / divisor);
 }
 
+/// The residual of the last iteration and how many were made. All threads of the CTA must call it.
+template <class T>
+__device__ __forceinline__ void write_convergence(const ForwardLayer<T>& layer) {
+  using A = compute_t<T>;
+  const LayerTable& table = layer.table;
+  double residual = __builtin_nan("");
+  int iterations = table.update ? table.n_power_iterations : 0;
+  if (table.update && table.tol > 0) {
+    const auto of = layer.squares(layer.last_iteration());
+    residual = of.after <= of.before ? 0 : sqrt((of.after - of.before) / of.after);
+    iterations = *layer.iterations_made();
+  }
+  if (thread_index() > 0) return;
+  *layer.residual = static_cast<A>(residual);
+  *layer.iterations = static_cast<A>(iterations);
+}
+
 /// Elements [begin, end) of u followed by v, where v is counted in storage order.
 template <class T>
 __device__ __forceinline__ void write_vectors(const ForwardLayer<T>& layer, const Piece& piece) {
@@ -37,23 +57,27 @@ __device__ __forceinline__ void write_vectors(const ForwardLayer<T>& layer, cons
   const LayerTable& table = layer.table;
   const A sigma = layer.find_sigma();
   if (piece.index == 0 && thread_index() == 0) *layer.sigma = sigma;
+  if (piece.index == 0 && layer.residual != nullptr) write_convergence(layer);
   const bool keep = !table.update || sigma == 0;
   A u_divisor = 1, v_divisor = 1;
   if (!keep) {
-    u_divisor = static_cast<A>(at_least(layer.norm_of_t(), table.eps));
-    v_divisor = static_cast<A>(at_least(layer.norm_of_y(), table.eps));
+    u_divisor = static_cast<A>(at_least(layer.norm_of_t(layer.last_iteration()), table.eps));
+    v_divisor = static_cast<A>(at_least(layer.norm_of_y(layer.last_iteration()), table.eps));
+  } else if (!table.update && layer.norm_of_vectors() != 1) {
+    u_divisor = static_cast<A>(layer.norm_of_t(1));
+    v_divisor = static_cast<A>(sqrt(*layer.square_of_v()));
   }
   for (int64_t i = piece.begin + thread_index(); i < piece.end; i += kThreads) {
     if (i < table.shape.rows) {
-      const A value = keep ? layer.u_at(i) : layer.t()[i] / u_divisor;
+      const A value = (keep ? layer.u_at(i) : layer.t()[i]) / u_divisor;
       layer.u_saved[i] = value;
-      if (!keep) store(layer.u + i * table.u_stride, value);
+      if (!keep) layer.write_element(layer.u, i * table.u_stride, value);
     } else {
       const int64_t column = i - table.shape.rows;
       const int64_t place = place_in_v(table.shape.column_order, column);
-      const A value = keep ? layer.v_at(place) : layer.y()[column] / v_divisor;
+      const A value = (keep ? layer.v_at(place) : layer.y()[column]) / v_divisor;
       layer.v_saved[place] = value;
-      if (!keep) store(layer.v + place * table.v_stride, value);
+      if (!keep) layer.write_element(layer.v, place * table.v_stride, value);
     }
   }
 }

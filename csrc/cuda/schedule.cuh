@@ -56,10 +56,18 @@ __device__ __forceinline__ double read_rows(const ForwardLayer<T>& layer, const 
 
 template <class T>
 __device__ __forceinline__ void run_rows(const ForwardLayer<T>& layer, const Piece& piece) {
+  const int iteration = piece.iteration;
+  if (layer.is_over(iteration)) {
+    if (thread_index() == 0) {
+      layer.block_sums(iteration)[piece.index] = layer.block_sums(iteration - 1)[piece.index];
+    }
+    return;
+  }
+  if (!layer.table.update) measure_vectors(layer, piece);
   if (layer.table.row_group == kWide) return read_wide_rows(layer, piece);
-  if (piece.dots) load_v(layer, piece.initial);
+  if (piece.dots) load_v(layer, piece);
   const double total = block_sum(read_rows(layer, piece));
-  if (thread_index() == 0) layer.block_sums()[piece.index] = total;
+  if (thread_index() == 0) layer.block_sums(piece.iteration)[piece.index] = total;
 }
 
 template <class T>

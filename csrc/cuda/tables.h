@@ -69,8 +69,9 @@ enum class Kind : uint8_t {
 struct Piece {
   int64_t begin, end;  // rows, columns, or elements in storage order
   int32_t layer;       // its place in the launch
-  int32_t required;  // the pieces of this layer that must be finished first: all of earlier phases
-  int32_t index;     // among the layer's pieces of this kind in a phase
+  int32_t required;   // the pieces of this layer that must be finished first: all of earlier phases
+  int32_t index;      // among the layer's pieces of this kind in a phase
+  int32_t iteration;  // kRows, kColumns: that its product belongs to, from 0
   Kind kind;
   bool dots, sums;  // kRows: which of t and Mᵀ t are asked for; the other kinds: false
   bool initial;     // nothing of this call was computed before: u and v come from their buffers
@@ -81,13 +82,21 @@ struct LayerTable {
   Shape shape;
   int64_t u_stride, v_stride;
   double eps;
+  double tol;                      // 0: all iterations are made
+  double target;                   // c of W · c / σ
+  double slack;                    // see slack_of_vectors
   int64_t saved;                   // where u begins in the saved vectors; v follows
   int64_t t, y, partial, scale;    // in the compute type
-  int64_t block_sums, chunk_sums;  // float64; the backward has block_sums alone
-  int32_t sigma;                   // its place in sigmas
+  int64_t block_sums, chunk_sums;  // float64, two slots of each; the backward has block_sums alone
+  int64_t iterations;              // how many were made, as int32_t
+  int32_t sigma;                   // its place in sigmas, residuals and iterations
   int32_t blocks, chunks;
   int32_t row_group;
+  int32_t n_power_iterations;
   bool update, v_first;
+  bool wide_vectors;  // u and v have the compute type
+  bool soft;          // a weight whose σ is at most the target is left alone
+  bool detach_sigma;  // of the backward
 };
 
 struct Tables {
@@ -114,6 +123,7 @@ struct ForwardArguments {
   Progress progress;
   char* workspace;
   void *saved, *sigmas;
+  void *residuals, *iterations;  // null: not wanted
   ForwardPointers layers[kMaxLayers];
 };
 

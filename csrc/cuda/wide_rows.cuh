@@ -45,8 +45,7 @@ __device__ __forceinline__ void wide_dots(const ForwardLayer<T>& layer, const Pi
   using A = compute_t<T>;
   constexpr int kLanes = Vector<T>::kLanes;
   const WideRows<T> rows(layer);
-  const A divisor =
-      piece.initial ? A(1) : static_cast<A>(at_least(layer.norm_of_y(), layer.table.eps));
+  const A divisor = piece.initial ? A(1) : divisor_of_y(layer, piece);
   double total = 0;
   for (int64_t row = piece.begin; row < piece.end; ++row) {
     double dot = 0;  // of pieces short enough for A
@@ -67,7 +66,7 @@ __device__ __forceinline__ void wide_dots(const ForwardLayer<T>& layer, const Pi
     const double value = t;
     total += value * (layer.table.update ? value : static_cast<double>(layer.u_at(row)));
   }
-  if (thread_index() == 0) layer.block_sums()[piece.index] = total;
+  if (thread_index() == 0) layer.block_sums(piece.iteration)[piece.index] = total;
 }
 
 template <class T>

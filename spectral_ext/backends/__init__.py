@@ -27,11 +27,14 @@ class Backend(Protocol):
 
     attach: Callable[..., tuple[list[Tensor], Tensor]] | None
     """The operator whose autograd node calls the backward natively; None: the node in Python does."""
-    prepare: Callable[..., Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]] | None
-    """Takes the arguments of ``forward_`` up to ``vs`` and from ``dims`` to ``v_first``, once.
+    prepare: (
+        Callable[..., Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]] | None
+    )
+    """Takes the arguments of ``forward_`` up to ``vs``, and all settings, once.
 
     The function that it returns takes ``update`` and whether to attach the results to the graph, and
-    does the work of ``allocate``, ``forward_`` and ``attach``. None: there is no such short cut.
+    does the work of ``allocate``, ``forward_`` and ``attach``: outputs, saved, sigmas, convergence.
+    None: there is no such short cut.
     """
 
     def unavailable(self, device: torch.device | None) -> str | None:
@@ -50,13 +53,17 @@ class Backend(Protocol):
         outputs: Sequence[Tensor],
         saved: Tensor,
         sigmas: Tensor,
+        convergence: Tensor,
         dims: Sequence[int],
         n_power_iterations: Sequence[int],
         eps: Sequence[float],
         v_first: Sequence[bool],
+        tols: Sequence[float],
+        scales: Sequence[float],
+        soft: Sequence[bool],
         update: bool,
     ) -> None:
-        """Normalize all layers into ``outputs``; write ``us``, ``vs``, ``saved`` and ``sigmas``."""
+        """Normalize all layers into ``outputs``; write us, vs, ``saved``, ``sigmas``, ``convergence``."""
 
     def backward(
         self,
@@ -66,6 +73,9 @@ class Backend(Protocol):
         saved: Tensor,
         sigmas: Tensor,
         dims: Sequence[int],
+        scales: Sequence[float],
+        soft: Sequence[bool],
+        detach_sigma: Sequence[bool],
         mask: Sequence[bool],
     ) -> list[Tensor]:
         """Return the gradients of the weights for which ``mask`` is true."""

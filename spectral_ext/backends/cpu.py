@@ -30,10 +30,17 @@ def prepare(
     n_power_iterations: list[int],
     eps: list[float],
     v_first: list[bool],
-) -> Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]:
+    tols: list[float],
+    scales: list[float],
+    soft: list[bool],
+    detach_sigma: list[bool],
+) -> Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]:
     """Unpack the arguments of a call that will be made again and again; see ``csrc/call.cpp``."""
-    call = torch.classes.spectral_ext.Call(weights, us, vs, dims, n_power_iterations, eps, v_first)
-    return cast("Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor]]", call.normalize)
+    settings = (dims, n_power_iterations, eps, v_first, tols, scales, soft, detach_sigma)
+    call = torch.classes.spectral_ext.Call(weights, us, vs, *settings)
+    return cast(
+        "Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]", call.normalize
+    )
 
 
 def empty_cache() -> int:

@@ -29,10 +29,14 @@ def forward_(
     outputs: Sequence[Tensor],
     saved: Tensor,
     sigmas: Tensor,
+    convergence: Tensor,
     dims: Sequence[int],
     n_power_iterations: Sequence[int],
     eps: Sequence[float],
     v_first: Sequence[bool],
+    tols: Sequence[float],
+    scales: Sequence[float],
+    soft: Sequence[bool],
     update: bool,
 ) -> None:
     """Normalize all layers; see :data:`spectral_ext.ops.SCHEMAS`."""
@@ -48,10 +52,16 @@ def forward_(
             eps=eps[i],
             dim=dims[i],
             order="v_first" if v_first[i] else "u_first",
+            tol=tols[i],
+            scale=scales[i],
+            soft=soft[i],
             update=update,
         )
         outputs[i].copy_(result.weight)
         sigmas[i].copy_(result.sigma)
+        if convergence.numel() > 0:
+            convergence[i].copy_(result.residual)
+            convergence[len(weights) + i].copy_(result.iterations)
         u_saved.copy_(result.u)
         v_saved.copy_(result.v)
         if update:
@@ -66,6 +76,9 @@ def backward(
     saved: Tensor,
     sigmas: Tensor,
     dims: Sequence[int],
+    scales: Sequence[float],
+    soft: Sequence[bool],
+    detach_sigma: Sequence[bool],
     mask: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of the masked weights; differentiable, unlike the native ones."""
@@ -79,6 +92,9 @@ def backward(
             u,
             v,
             dim=dims[i],
+            scale=scales[i],
+            soft=soft[i],
+            detach_sigma=detach_sigma[i],
         )
         for i, (u, v) in enumerate(saved_vectors)
         if mask[i]

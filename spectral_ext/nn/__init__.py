@@ -4,17 +4,29 @@ from .apply import AppliedSpectralNorm, apply_spectral_norm
 from .convert import stock_state_dict
 from .fuse import fuse, unfuse
 from .group import SpectralGroup, group_of
-from .parametrization import SpectralNorm, spectral_norm
+from .operator_norm import OperatorNorm, operator_norm
+from .parametrization import SpectralNorm
 from .plan import Layer
+from .projection import SpectralProjection, project_
+from .register import spectral_norm
+from .report import Report, report
+from .singular_values import singular_values
 
 __all__ = [
     "AppliedSpectralNorm",
     "Layer",
+    "OperatorNorm",
+    "Report",
     "SpectralGroup",
     "SpectralNorm",
+    "SpectralProjection",
     "apply_spectral_norm",
     "fuse",
     "group_of",
+    "operator_norm",
+    "project_",
+    "report",
+    "singular_values",
     "spectral_norm",
     "stock_state_dict",
     "unfuse",

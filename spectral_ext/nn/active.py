@@ -33,9 +33,19 @@ class Record:
         normalized: the normalized weights; None where the layer was not computed.
         parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
+        finish: makes the weight of a place from what is attached to the graph.
     """
 
-    __slots__ = ("below", "detached", "index", "normalized", "parts", "recompute", "weights")
+    __slots__ = (
+        "below",
+        "detached",
+        "finish",
+        "index",
+        "normalized",
+        "parts",
+        "recompute",
+        "weights",
+    )
     below: "Record | None"  # the record that this one covers
 
     def __init__(
@@ -45,12 +55,14 @@ class Record:
         normalized: list[Tensor | None],
         parts: list[Part],
         recompute: Callable[[int], Tensor] | None,
+        finish: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self.index = index
         self.weights = weights
         self.normalized = normalized
         self.parts = parts
         self.recompute = recompute
+        self.finish = finish
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
 
@@ -64,6 +76,8 @@ class Record:
             if attached is None and self.recompute is not None:  # autograd must see the computation
                 attached = self.recompute(place)
         assert attached is not None
+        if self.finish is not None:
+            attached = self.finish(place, attached)
         self.normalized[place] = attached
         return attached
 

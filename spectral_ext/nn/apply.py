@@ -8,15 +8,24 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from ..reference import Order
-from ..validation import check_settings
+from ..settings import LayerSettings
 from .dynamic_class import parametrization_lists
+from .operator_norm import OperatorNorm
 from .parametrization import (
+    Gain,
+    Init,
     StockSpectralNorm,
     check_backend,
     checked_weight,
     default_dim,
-    normalize_parameter,
     stock_hook,
+)
+from .register import (
+    blocks_of,
+    check_choices,
+    is_lazy,
+    iterations_of,
+    normalize_parameter,
 )
 from .select import Selector, check_selector, is_selected
 
@@ -62,6 +71,14 @@ def apply_spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     order: Order = "u_first",
+    scale: float = 1.0,
+    bound: float | None = None,
+    gain: Gain | None = None,
+    detach_sigma: bool = False,
+    tol: float = 0.0,
+    max_power_iterations: int | None = None,
+    init: Init = "randn",
+    per_group: bool = False,
     backend: str | None = None,
 ) -> AppliedSpectralNorm:
     """Apply :func:`spectral_ext.spectral_norm` to every layer of a model.
@@ -76,7 +93,9 @@ def apply_spectral_norm(
             names of the module and of the tensor, or a predicate of module name and module.
         exclude: leave out what this selects.
         name: of the tensor in each module.
-        n_power_iterations, eps, order, backend: as in :func:`spectral_ext.spectral_norm`.
+        n_power_iterations, eps, order, scale, bound, gain, detach_sigma, tol, max_power_iterations,
+            init, backend: as in :func:`spectral_ext.spectral_norm`.
+        per_group: the same, for convolutions with groups; others are one block.
 
     Returns:
         The names of what was normalized, and of what was not with the reason. Only modules that
@@ -89,7 +108,17 @@ def apply_spectral_norm(
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     types = (types,) if isinstance(types, type) else tuple(types)
-    check_settings("apply_spectral_norm", n_power_iterations, eps, order)
+    label = "apply_spectral_norm"
+    settings = LayerSettings(
+        n_power_iterations=iterations_of(label, n_power_iterations, tol, max_power_iterations),
+        eps=eps,
+        order=order,
+        tol=tol,
+        scale=scale,
+        bound=bound,
+        detach_sigma=detach_sigma,
+    )
+    check_choices(label, settings, gain, init)
     check_selector("include", include)
     check_selector("exclude", exclude)
     chosen: dict[str, Module] = {}
@@ -114,9 +143,11 @@ def apply_spectral_norm(
             skipped[qualified_name] = reason
     for qualified_name, module in chosen.items():
         label = f"{qualified_name} of {parametrize.type_before_parametrizations(module).__name__}"
-        normalize_parameter(
-            module, name, n_power_iterations, eps, default_dim(module), order, backend, label
+        in_groups = per_group and isinstance(getattr(module, "groups", None), int)
+        of_layer = settings._replace(
+            dim=default_dim(module), blocks=blocks_of(label, module, 1, in_groups)
         )
+        normalize_parameter(module, name, of_layer, gain, init, backend, label)
     return AppliedSpectralNorm(tuple(chosen), skipped)
 
 
@@ -132,8 +163,12 @@ def _has_tensor(module: Module, name: str) -> bool:
 def _obstacle(module: Module, name: str, backend: str | None) -> str | None:
     """Return why a tensor cannot be normalized, or None."""
     list_ = parametrization_lists(module).get(name, ())
-    if stock_hook(module, name) or any(isinstance(p, StockSpectralNorm) for p in list_):
+    if stock_hook(module, name) or any(
+        isinstance(p, (StockSpectralNorm, OperatorNorm)) for p in list_
+    ):
         return "already normalized"
+    if is_lazy(module, name):
+        return None
     try:
         weight, _ = checked_weight(module, name, default_dim(module), type(module).__name__)
     except (TypeError, ValueError) as error:

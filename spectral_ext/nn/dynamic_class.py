@@ -139,6 +139,9 @@ def _load_from_state_dict(
     for name, list_ in parametrization_lists(self).items():
         if isinstance(list_[0], StockSpectralNorm):
             read_hook_layout(list_[0], name, state_dict, prefix, local_metadata)
+            keys = f"{prefix}parametrizations.{name}."
+            if f"{keys}original" in state_dict and f"{keys}0._u" not in state_dict:
+                list_[0].__dict__["_start_from"] = list_  # new vectors, once the weight is there
     super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 

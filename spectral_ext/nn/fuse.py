@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
+from ..layout import compute_dtype
 from . import hook_layout
 from .dynamic_class import (
     GROUP,
@@ -20,6 +21,7 @@ from .dynamic_class import (
     stock_class,
 )
 from .group import SpectralGroup
+from .kept import Update
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
 from .plan import Layer
 from .select import Selector, check_selector, is_selected
@@ -63,12 +65,15 @@ def fuse(
     include: Selector | None = None,
     exclude: Selector | None = None,
     bucket_mb: float | None = None,
+    update: Update = "forward",
+    check_finite: bool = False,
     backend: str | None = None,
 ) -> SpectralGroup:
     """Compute all spectral norms of a model together, in one native call for each forward.
 
     Takes over every layer with either spectral norm of ``torch.nn.utils`` or with ours, as it is:
     weight (the same ``Parameter``), ``u``, ``v``, eps, iterations, dimension and order of each.
+    Vectors of half precision become float32 until they are unfused.
     From then on, entering ``model.forward`` computes all of them, and every access of a weight
     inside that forward gives the same tensor. An access outside of it is computed alone, as in
     stock. The state dict has stock's parametrization layout; checkpoints of both layouts load.
@@ -87,6 +92,13 @@ def fuse(
         exclude: leave out the layers that this selects.
         bucket_mb: let weights of so many MiB share a node of the autograd graph, so that gradients
             become ready bucket by bucket (``DistributedDataParallel``); default one node.
+        update: when ``u``, ``v`` and the weights are computed. ``"forward"``: in every forward, as in
+            stock. ``"step"``: in the first forward after a weight has changed, and the later ones
+            take the same: the passes of one GAN step cost one computation. In evaluation too. A
+            change by hand through ``weight.data`` needs ``group.invalidate()``. ``"manual"``: ``u``
+            and ``v`` advance by ``group.iterate()`` alone. Code that ``torch.compile`` has made
+            computes in every forward in all cases.
+        check_finite: note on the device where a σ is not finite, for ``group.check()`` to raise.
         backend: see :func:`spectral_ext.functional.spectral_normalize`.
 
     Returns:
@@ -98,6 +110,8 @@ def fuse(
         In all cases nothing was changed, and the message names the layer.
     """
     _check_root(model, bucket_mb)
+    if update not in get_args(Update):
+        raise ValueError(f"update must be one of {get_args(Update)}, got update={update!r}")
     check_selector("include", include)
     check_selector("exclude", exclude)
     everything = list(_find(model))
@@ -122,7 +136,9 @@ def fuse(
         if found not in chosen and isinstance(norm, SpectralNorm) and _root_of(norm) is model:
             _restore(found.module, found.tensor_name, norm)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
-    group = SpectralGroup(layers, backend=backend, bucket_mb=bucket_mb)
+    group = SpectralGroup(
+        layers, backend=backend, bucket_mb=bucket_mb, update=update, check_finite=check_finite
+    )
     if not any(is_fused(cls) for cls in type(model).__mro__):
         if parametrize.is_parametrized(model):
             own_class(model)
@@ -206,6 +222,8 @@ def _take(found: _Found, candidate: SpectralNorm) -> Layer:
         norm.__dict__.update(candidate.__dict__)
         candidate = _with_class(norm, SpectralNorm)
     own_class(module)
+    weight = parametrization_lists(module)[found.tensor_name].original
+    candidate.convert_vectors(compute_dtype(weight.dtype))
     object.__setattr__(candidate, "label", found.label)
     return Layer(found.name, module, found.tensor_name, candidate)
 
@@ -221,6 +239,8 @@ def _with_class(module: Module, cls: type[_T]) -> _T:
 def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
     """Make of a layer what it was before it was fused."""
     _leave_group(norm)
+    if norm.origin != "own":  # stock wants the dtype of the weight
+        norm.convert_vectors(parametrization_lists(module)[tensor_name].original.dtype)
     if norm.origin == "hook":
         hook_layout.restore_hook(module, tensor_name, norm)
     elif norm.origin == "parametrization":

@@ -1,6 +1,7 @@
 """The layers of a fused model, computed together on entry to its forward."""
 
 import contextlib
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,11 @@ from ..functional import Results, normalize_layers
 from .active import Part, Record, Visible, active
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
+from .history import History
+from .kept import Kept, Update, watch_optimizers
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
+from .report import log_dict
 
 __all__ = ["SpectralGroup", "group_of"]
 
@@ -30,6 +34,8 @@ class SpectralGroup:
         backend: see :func:`spectral_ext.functional.spectral_normalize`.
         bucket_mb: weights of so many MiB share a node of the autograd graph, so that the gradients
             of the first layers are not waited for; None for one node.
+        update: when ``u``, ``v`` and the weights are computed; see :func:`spectral_ext.fuse`.
+        check_finite: let :meth:`check` raise where a σ was not finite.
     """
 
     def __init__(
@@ -38,12 +44,22 @@ class SpectralGroup:
         *,
         backend: str | None = None,
         bucket_mb: float | None = None,
+        update: Update = "forward",
+        check_finite: bool = False,
     ) -> None:
         self.backend = backend
         self.bucket_mb = bucket_mb
+        self.update = update
+        self.check_finite = check_finite
         self._layers = list(layers)
         self._plan: Plan | None = None
         self._unit_sigmas: Tensor | None = None
+        self._convergence: list[tuple[Tensor, Sequence[int], bool]] = []
+        self._not_finite: Tensor | None = None
+        self._kept: Kept | None = None
+        self.history = History()
+        if update != "forward":
+            watch_optimizers(self)
         self._root: weakref.ref[Module] | None = None
         self.visible = Visible()
 
@@ -64,6 +80,89 @@ class SpectralGroup:
             with torch.no_grad():
                 sigmas = normalize_layers(*tensors, plan.settings, False, self.backend).sigmas
         return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
+
+    @property
+    def iterations(self) -> Tensor:
+        """How many power iterations each layer made in the last forward that computed it.
+
+        In the order of :attr:`layers`; 0 in evaluation, NaN before the first forward.
+        """
+        return self._report(1)
+
+    @property
+    def residuals(self) -> Tensor:
+        """How far ``u`` and ``v`` of each layer are from singular vectors, as a part of σ.
+
+        Of the last iteration; NaN for layers without a ``tol``. See
+        :func:`spectral_ext.reference.power_iteration`.
+        """
+        return self._report(0)
+
+    def _report(self, row: int) -> Tensor:
+        plan, tensors = self._gather()
+        values = torch.full((len(tensors.weights),), math.nan, device=plan.device)
+        for convergence, part, updated in self._convergence:
+            if len(convergence):
+                values[list(part)] = convergence.view(2, -1)[row].to(values)
+            elif row == 1:
+                steps = [plan.settings.n_power_iterations[i] if updated else 0 for i in part]
+                values[list(part)] = values.new_tensor(steps)
+        return values[plan.unit_of_layer]
+
+    def log_dict(self, prefix: str = "spectral_norm/") -> dict[str, float]:
+        """Return σ of every layer by name, for TensorBoard, Weights & Biases or Lightning.
+
+        One transfer from the device for all layers.
+        """
+        return log_dict(self, prefix)
+
+    def check(self) -> None:
+        """Raise if a σ was not finite in any forward since the last check.
+
+        For groups with ``check_finite``. The forwards note it on the device; only this waits.
+
+        Raises:
+            FloatingPointError: names the layers.
+            ValueError: the group was made without ``check_finite``.
+        """
+        if not self.check_finite:
+            raise ValueError("the group does not note it; fuse the model with check_finite=True")
+        plan, _ = self._gather()
+        bad = [] if self._not_finite is None else self._not_finite.tolist()
+        self._not_finite = None
+        names = [
+            layer.qualified_name
+            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
+            if bad and bad[unit]
+        ]
+        if names:
+            raise FloatingPointError(
+                f"the spectral norm was not finite since the last check: {', '.join(names)}"
+            )
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """Make the power iterations of one training forward now, for ``update="manual"``."""
+        plan, tensors = self._gather()
+        places = list(range(len(tensors.weights)))
+        self._normalize(plan, tensors, places, [True] * len(places))
+
+    @torch.no_grad()
+    def warm_start(self, n_power_iterations: int = 15) -> None:
+        """Advance ``u`` and ``v`` of all layers by so many iterations, after a jump of the weights.
+
+        Loading a checkpoint that has weights and no vectors does so by itself.
+        """
+        if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
+            raise TypeError("n_power_iterations must be an int")
+        if n_power_iterations < 1:
+            raise ValueError(f"n_power_iterations must be positive, got {n_power_iterations}")
+        plan, tensors = self._gather()
+        count = len(tensors.weights)
+        settings = plan.settings._replace(
+            n_power_iterations=[n_power_iterations] * count, tols=[0.0] * count
+        )
+        normalize_layers(*tensors, settings, True, self.backend)
 
     def sigma_of(self, name: str) -> Tensor:
         """Return σ of one layer as a 0-D tensor.
@@ -93,14 +192,23 @@ class SpectralGroup:
         return _Entry(self)
 
     def invalidate(self) -> None:
-        """Read the layers and their settings again."""
-        self._plan = None
+        """Read the layers and their settings again, and compute the weights anew in the next forward.
+
+        For ``update="step"`` and ``"manual"``, after a change of a weight that leaves no trace: one
+        by ``weight.data`` outside of an optimizer.
+        """
+        self._plan = self._kept = None
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the next entry raises it
             self._plan = Plan(self._layers)
             # torch.compile cannot trace the import of a backend; from now on there is none.
             for layer in self._plan.layers:
                 check_backend(self.backend, layer.weight)
                 check_backend(layer.parametrization.backend, layer.weight)
+
+    def stepped(self, parameters: set[int]) -> None:
+        """Forget the weights that were kept, if an optimizer has changed one of these parameters."""
+        if self._plan is not None and not parameters.isdisjoint(self._plan.weight_ids):
+            self._kept = None
 
     # The life of a group.
 
@@ -136,7 +244,13 @@ class SpectralGroup:
                 found = list_._modules["0"]
                 if isinstance(found, SpectralNorm):
                     layers.append(Layer(layer.name, module, layer.tensor_name, found))
-        group = SpectralGroup(layers, backend=self.backend, bucket_mb=self.bucket_mb)
+        group = SpectralGroup(
+            layers,
+            backend=self.backend,
+            bucket_mb=self.bucket_mb,
+            update=self.update,
+            check_finite=self.check_finite,
+        )
         group._root = weakref.ref(root)
         ours = {id(layer.parametrization) for layer in self._layers}
         for layer in layers:
@@ -161,6 +275,8 @@ class SpectralGroup:
         return {
             "backend": self.backend,
             "bucket_mb": self.bucket_mb,
+            "update": self.update,
+            "check_finite": self.check_finite,
             "layers": [
                 (layer.name, layer.module, layer.tensor_name, layer.parametrization)
                 for layer in self.layers
@@ -174,6 +290,8 @@ class SpectralGroup:
             [Layer(*layer) for layer in state["layers"]],
             backend=state["backend"],
             bucket_mb=state["bucket_mb"],
+            update=state.get("update", "forward"),
+            check_finite=state.get("check_finite", False),
         )
 
     # What happens on entry.
@@ -181,29 +299,74 @@ class SpectralGroup:
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
         plan, tensors = self._gather()
-        results = self._normalize_at_once(plan)
-        if results is not None:
-            normalized: list[Any] = results.normalized
-            parts: list[Part] = [(results, range(len(normalized)))]
+        if self.update != "forward" and not torch._C._are_functorch_transforms_active():
+            normalized, parts = self._keep(plan, tensors)
+            normalized = plan.with_gains(normalized)
+        elif (results := self._normalize_at_once(plan)) is not None:
+            parts = [(results, range(len(results.normalized)))]
+            normalized = plan.with_gains([*results.normalized])
         else:
-            normalized = [None] * len(tensors.weights)
-            places = list(range(len(normalized)))
-            if parametrize._cache_enabled:
-                places = take_from_cache(plan, normalized)
-            parts = self._normalize(plan, tensors, places)
-            for part_results, part in parts:
-                for place, weight in zip(part, part_results.normalized, strict=True):
-                    normalized[place] = weight
-            if parametrize._cache_enabled:
-                put_into_cache(plan, normalized)
+            normalized, parts = self._normalize_at_length(plan, tensors)
+        self._remember(plan, parts)
 
         def recompute(place: int) -> Tensor:
-            weights, us, vs = tensors.select([place])
-            settings = plan.settings.select([place])
-            again = normalize_layers(weights, us, vs, settings, False, self.backend)
-            return again.normalized[0]
+            return self._recompute(plan, tensors, place)
 
-        return Record(plan.index, tensors.weights, normalized, parts, recompute)
+        return Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+
+    def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
+        """Compute one unit again, without update, as autograd sees it."""
+        weights, us, vs = tensors.select([place])
+        settings = plan.settings.select([place])
+        return normalize_layers(weights, us, vs, settings, False, self.backend).normalized[0]
+
+    def _keep(self, plan: Plan, tensors: UnitTensors) -> tuple[list[Tensor | None], list[Part]]:
+        """Take what was computed since the weights last changed, or compute it; attach it anew."""
+        wanted = [mode and self.update == "step" for mode in plan.training()]
+        kept = self._kept
+        if kept is None or not kept.serves(plan, tensors, wanted):
+            with torch.no_grad():
+                parts = self._normalize(plan, tensors, list(range(len(wanted))), wanted)
+            kept = self._kept = Kept(plan, tensors, wanted, parts)
+        normalized: list[Tensor | None] = [None] * len(wanted)
+        for results, part in kept.parts:
+            for place, weight in zip(part, results.normalized, strict=True):
+                normalized[place] = weight
+        if torch.is_grad_enabled():
+            for results, part in kept.parts:
+                weights = [tensors.weights[place] for place in part]
+                for i, weight in results.attach(weights, self._bucket_bytes).items():
+                    normalized[part[i]] = weight
+            for place, weight in enumerate(tensors.weights):
+                if weight.requires_grad and not kept.can_attach(place):
+                    normalized[place] = self._recompute(plan, tensors, place)
+        return normalized, kept.parts
+
+    def _normalize_at_length(
+        self, plan: Plan, tensors: UnitTensors
+    ) -> tuple[list[Tensor | None], list[Part]]:
+        """Compute all units, in as many calls as it takes."""
+        normalized: list[Tensor | None] = [None] * len(tensors.weights)
+        places = list(range(len(normalized)))
+        if parametrize._cache_enabled:
+            places = take_from_cache(plan, normalized)
+        parts = self._normalize(plan, tensors, places, plan.training())
+        for results, part in parts:
+            for place, weight in zip(part, results.normalized, strict=True):
+                normalized[place] = plan.with_gain(place, weight)
+        if parametrize._cache_enabled:
+            put_into_cache(plan, normalized)
+        return normalized, parts
+
+    def _remember(self, plan: Plan, parts: list[Part]) -> None:
+        """Note the vectors of a forward in training, for checkpointed blocks of it."""
+        if any(plan.training()):
+            saved = [
+                (vectors, [part[i] for i in members])
+                for results, part in parts
+                for vectors, members in results.saved
+            ]
+            self.history.add(plan.index, saved, plan.sizes)
 
     def trace(self) -> Record:
         """Compute all layers while ``torch.compile`` traces."""
@@ -211,10 +374,11 @@ class SpectralGroup:
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
         normalized: list[Tensor | None] = [None] * len(tensors.weights)
-        parts = self._normalize(plan, tensors, list(range(len(normalized))))
+        updates = [mode and self.update != "manual" for mode in plan.training()]
+        parts = self._normalize(plan, tensors, list(range(len(normalized))), updates)
         for results, part in parts:
             for place, weight in zip(part, results.normalized, strict=True):
-                normalized[place] = weight
+                normalized[place] = plan.with_gain(place, weight)
         return Record({}, tensors.weights, normalized, [], None)
 
     def _gather(self) -> tuple[Plan, UnitTensors]:
@@ -225,7 +389,8 @@ class SpectralGroup:
             plan = self._plan = Plan(self._layers)
             tensors = plan.gather()
             assert tensors is not None
-            self._unit_sigmas = None
+            self._unit_sigmas = self._not_finite = None
+            self._convergence = []
         return plan, tensors
 
     def _normalize_at_once(self, plan: Plan) -> Results | None:
@@ -245,23 +410,39 @@ class SpectralGroup:
             results = call(training[0], self._bucket_bytes)
         except (TypeError, ValueError):  # the long way knows more, or says which layer it is
             return None
-        sigmas = results.sigmas
-        self._unit_sigmas = sigmas.detach() if sigmas.requires_grad else sigmas
+        self._note(plan, [(results, range(len(training)))], training)
         return results
+
+    def _note(self, plan: Plan, parts: list[Part], update: list[bool]) -> None:
+        """Note what a computation says of the units, without waiting for the device."""
+        self._unit_sigmas = _join_sigmas(parts, len(update))
+        self._convergence = [
+            (results.convergence, part, update[part[0]]) for results, part in parts if len(part)
+        ]
+        if self.check_finite:
+            for results, part in parts:
+                bad = ~results.sigmas.detach().isfinite()
+                if len(part) < len(update):
+                    of_part = torch.zeros(len(update), dtype=torch.bool, device=bad.device)
+                    of_part[list(part)] = bad
+                    bad = of_part
+                before = self._not_finite
+                self._not_finite = bad if before is None else before | bad.to(before.device)
 
     @property
     def _bucket_bytes(self) -> int | None:
         return None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
 
-    def _normalize(self, plan: Plan, tensors: UnitTensors, places: list[int]) -> list[Part]:
-        """Compute the units at ``places``: those in training in one call, the others in another."""
-        training = plan.training()
+    def _normalize(
+        self, plan: Plan, tensors: UnitTensors, places: list[int], updates: list[bool]
+    ) -> list[Part]:
+        """Compute the units at ``places``: those to update in one call, the others in another."""
         parts: list[Part] = []
         for update in (True, False):
-            part = [place for place in places if training[place] is update]
+            part = [place for place in places if updates[place] is update]
             if not part:
                 continue
-            whole = len(part) == len(training)
+            whole = len(part) == len(updates)
             weights, us, vs = tensors if whole else tensors.select(part)
             settings = plan.settings if whole else plan.settings.select(part)
             try:
@@ -272,7 +453,7 @@ class SpectralGroup:
                 plan.check()  # names the layer, if it is one that does not fit
                 raise
             parts.append((results, part))
-        self._unit_sigmas = _join_sigmas(parts, len(training))
+        self._note(plan, parts, updates)
         return parts
 
     def __repr__(self) -> str:

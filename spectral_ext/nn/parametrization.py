@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,34 +11,46 @@ from torch.nn import Module
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
+from typing_extensions import Self
 
 from .. import backends
-from ..autograd import Settings
-from ..functional import normalize_layers
+from ..functional import normalize_layers, with_gain
+from ..layout import compute_dtype, matrix_shape
 from ..reference import Order, weight_matrix
-from ..validation import check_layer, check_settings, check_weight
+from ..settings import LayerSettings, Settings
+from ..validation import check_gain, check_layer, check_weight
 from .active import Visible, active, hidden_saves, lookup
-from .dynamic_class import own_class, parametrization_lists
+from .history import History
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
 
 __all__ = [
+    "GAINS",
+    "INITS",
     "IN_GROUP",
+    "Gain",
+    "Init",
     "Origin",
     "SpectralNorm",
     "StockHook",
     "StockSpectralNorm",
-    "spectral_norm",
+    "check_backend",
+    "checked_weight",
+    "default_dim",
     "stock_hook",
 ]
 
 Origin = Literal["own", "parametrization", "hook"]
+Gain = Literal["sigma", "one", "sigma_per_channel", "one_per_channel"]
+Init = Literal["randn", "svd"]
+GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
-_SETTINGS = {"n_power_iterations", "eps", "dim", "order", "backend"}
+_SETTINGS = {*LayerSettings._fields, "backend"}
 
 
 class SpectralNorm(StockSpectralNorm):
@@ -49,17 +61,28 @@ class SpectralNorm(StockSpectralNorm):
     call advances ``_u`` and ``_v`` in place, also without gradients. Inside the forward of a fused
     model (:func:`spectral_ext.fuse`) a call returns what the group has computed.
 
+    Of a half precision weight ``_u`` and ``_v`` are float32, in which they do not drift; vectors of
+    the weight's own dtype, from a checkpoint, are taken too.
+
     Args:
         weight: the tensor to normalize; it gives the sizes of ``_u`` and ``_v``.
         n_power_iterations, dim, eps: as in stock.
         order: ``"u_first"`` starts as stock's parametrization does, with 15 iterations, and leaves
             a 1-D weight to its norm. ``"v_first"`` starts as stock's hook does, from random
             vectors, and takes a 1-D weight as a matrix of one column.
+        tol, scale, bound, detach_sigma, blocks: see
+            :func:`spectral_ext.functional.spectral_normalize`.
+        gain, init: see :func:`spectral_ext.spectral_norm`.
         backend: see :func:`spectral_ext.functional.spectral_normalize`.
         label: how messages call the layer.
     """
 
     order: Order = "u_first"
+    tol: float = 0.0
+    scale: float = 1.0
+    bound: float | None = None
+    detach_sigma: bool = False
+    blocks: int = 1
     backend: str | None = None
     label: str = "SpectralNorm"
     # What unfuse makes of the layer again.
@@ -70,6 +93,9 @@ class SpectralNorm(StockSpectralNorm):
     _visible: Visible | None = None
     _place: int = -1
     _group: "weakref.ref[SpectralGroup] | None" = None
+    _history: History | None = None
+    # While a checkpoint is loaded that has a weight and no vectors: where the weight is.
+    _start_from: ParametrizationList | None = None
 
     def __init__(
         self,
@@ -79,24 +105,77 @@ class SpectralNorm(StockSpectralNorm):
         eps: float = 1e-12,
         *,
         order: Order = "u_first",
+        tol: float = 0.0,
+        scale: float = 1.0,
+        bound: float | None = None,
+        detach_sigma: bool = False,
+        blocks: int = 1,
+        gain: Gain | None = None,
+        init: Init = "randn",
         backend: str | None = None,
         label: str = "SpectralNorm",
     ) -> None:
-        if order == "u_first":
+        weight = weight.detach().to(compute_dtype(weight.dtype))
+        is_vector = weight.ndim == 1 and order == "u_first" and blocks == 1
+        if order == "u_first" and blocks == 1:
             super().__init__(weight, n_power_iterations, dim, eps)
-            if weight.ndim == 1:
-                self.n_power_iterations = n_power_iterations
         else:
             Module.__init__(self)
-            self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.ndim, eps
-            with torch.no_grad():
-                matrix = weight_matrix(weight, self.dim)
-                for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
-                    vector = F.normalize(weight.new_empty(size).normal_(0, 1), dim=0, eps=eps)
-                    self.register_buffer(name, vector)
+        self.n_power_iterations, self.dim, self.eps = n_power_iterations, dim % weight.ndim, eps
         self.order = order
+        self.tol, self.scale, self.bound = tol, scale, bound
+        self.detach_sigma, self.blocks = detach_sigma, blocks
         self.backend = backend
         self.label = label
+        if "_u" not in self._buffers and not is_vector:
+            self._register_random_vectors(weight)
+            if order == "u_first":
+                self.warm_start(weight)
+        if init == "svd" and not is_vector:
+            self._use_singular_vectors(weight)
+        if gain is not None:
+            self.register_parameter("gain", torch.nn.Parameter(self._first_gain(weight, gain)))
+
+    def _register_random_vectors(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            sizes = matrix_shape(weight[: len(weight) // self.blocks], self.dim)
+            for name, size in zip(("_u", "_v"), sizes, strict=True):
+                parts = [
+                    F.normalize(weight.new_empty(size).normal_(0, 1), dim=0, eps=self.eps)
+                    for _ in range(self.blocks)
+                ]
+                self.register_buffer(name, torch.cat(parts))
+
+    @torch.no_grad()
+    def _use_singular_vectors(self, weight: Tensor) -> None:
+        """Put the exact singular vectors into the buffers."""
+        us, vs = [], []
+        for block in weight.chunk(self.blocks):
+            left, _, right = torch.linalg.svd(weight_matrix(block, self.dim), full_matrices=False)
+            us.append(left[:, 0])
+            vs.append(right[0].conj())
+        self._u.copy_(torch.cat(us))
+        self._v.copy_(torch.cat(vs))
+
+    @torch.no_grad()
+    def warm_start(self, weight: Tensor, n_power_iterations: int = 15) -> None:
+        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight."""
+        if not self.is_vector:
+            settings = self.settings._replace(n_power_iterations=n_power_iterations, tol=0.0)
+            vectors = ([self._buffers["_u"]], [self._buffers["_v"]])
+            normalize_layers([weight], *vectors, Settings.of([settings]), True, "reference")
+
+    @torch.no_grad()
+    def _first_gain(self, weight: Tensor, gain: Gain) -> Tensor:
+        rows = (weight.shape[self.dim],) if gain.endswith("per_channel") else ()
+        if gain.startswith("one"):
+            return weight.new_ones(rows)
+        vectors = [self._buffers.get(name) for name in ("_u", "_v")]
+        copies = [None if vector is None else vector.clone() for vector in vectors]
+        settings = Settings.of([self.settings._replace(n_power_iterations=15)])
+        us, vs = ([vector] for vector in copies)
+        sigmas = normalize_layers([weight], us, vs, settings, True, "reference").sigmas
+        return weight.new_empty(rows).copy_(sigmas[0])
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the normalized weight.
@@ -113,8 +192,23 @@ class SpectralNorm(StockSpectralNorm):
             return in_force
         if torch._C._current_graph_task_id() != -1:  # a checkpointed block is computed again
             with hidden_saves():
-                return self._normalize(weight)
-        return self._normalize(weight)
+                return self._normalize_again(weight)
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            return self._normalize(weight, remember=self.training)
+        with hidden_saves():  # a checkpoint, perhaps: what it counts must be as above
+            return self._normalize(weight, remember=self.training)
+
+    def _normalize_again(self, weight: Tensor) -> Tensor:
+        """Normalize this layer as the forward did that is now computed again for its backward."""
+        group = None if self._group is None else self._group()
+        entries = [] if self._history is None else [self._history.find()]
+        if group is not None:
+            entries.append(group.history.find())
+        found = max((e for e in entries if e is not None), key=lambda e: e.number, default=None)
+        if not self.training or found is None:
+            return self._normalize(weight, update=False)
+        vectors = found.vectors(id(self))
+        return self._normalize(weight, update=False, vectors=vectors)
 
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""
@@ -127,17 +221,28 @@ class SpectralNorm(StockSpectralNorm):
             return None
         return normalized
 
-    def _normalize(self, weight: Tensor) -> Tensor:
+    def _normalize(
+        self,
+        weight: Tensor,
+        update: bool | None = None,
+        remember: bool = False,
+        vectors: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Normalize this layer alone."""
-        u, v = self._buffers.get("_u"), self._buffers.get("_v")
+        u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
+        update = self.training if update is None else update
         try:
             results = normalize_layers(
-                [weight], [u], [v], self.settings, self.training, self.backend
+                [weight], [u], [v], Settings.of([self.settings]), update, self.backend
             )
         except Exception:
             self.check(weight)
             raise
-        return results.normalized[0]
+        if remember and results.saved and self.blocks == 1:
+            history = self._history or History()
+            self.__dict__["_history"] = history
+            history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
+        return with_gain(results.normalized[0], self.learned_gain, self.dim)
 
     @property
     def is_vector(self) -> bool:
@@ -145,19 +250,34 @@ class SpectralNorm(StockSpectralNorm):
         return "_u" not in self._buffers
 
     @property
-    def settings(self) -> Settings:
-        """The settings as a list call takes them."""
-        return Settings(
-            [self.dim], [self.n_power_iterations], [self.eps], [self.order == "v_first"]
+    def learned_gain(self) -> torch.nn.Parameter | None:
+        """γ of ``γ·W/σ``, the parameter ``gain``, if there is one."""
+        return self._parameters.get("gain")
+
+    @property
+    def settings(self) -> LayerSettings:
+        """All settings of the computation."""
+        return LayerSettings(
+            self.dim,
+            self.n_power_iterations,
+            self.eps,
+            self.order,
+            self.tol,
+            self.scale,
+            self.bound,
+            self.detach_sigma,
+            self.blocks,
         )
 
     def check(self, weight: Tensor, label: str | None = None) -> None:
         """Raise unless the weight, the vectors and the settings fit each other."""
         label = label or self.label
-        check_settings(label, self.n_power_iterations, self.eps, self.order)
+        self.settings.check(label)
         dim = check_weight(label, weight, self.dim)
-        if weight.ndim > 1 or self.order == "v_first":
-            check_layer(label, weight, self._buffers.get("_u"), self._buffers.get("_v"), dim)
+        if weight.ndim > 1 or self.order == "v_first" or self.blocks > 1:
+            u, v = self._buffers.get("_u"), self._buffers.get("_v")
+            check_layer(label, weight, u, v, dim, self.blocks)
+        check_gain(label, self.learned_gain, weight, dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -168,7 +288,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
-        return {k: v for k, v in self.__dict__.items() if k not in IN_GROUP}
+        return {k: v for k, v in self.__dict__.items() if k not in (*IN_GROUP, "_history")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -178,17 +298,37 @@ class SpectralNorm(StockSpectralNorm):
                 if vector is not None:
                     check_backend(self.backend, vector)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Follow the weight to devices and dtypes, but with wide vectors not to half precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, vector in before.items():
+            now = self._buffers[name]
+            if vector is None or now is None or vector.dtype == now.dtype:
+                continue
+            self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
+        return self
+
+    def convert_vectors(self, dtype: torch.dtype) -> None:
+        """Keep ``_u`` and ``_v`` in another dtype from now on."""
+        for name, vector in self._buffers.items():
+            if vector is not None and vector.dtype != dtype:
+                self._buffers[name] = vector.to(dtype)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        list_ = self.__dict__.pop("_start_from", None)
+        if list_ is not None:
+            self.warm_start(list_.original)
+
     def extra_repr(self) -> str:
         """Return the settings that differ from the defaults."""
-        shown = []
-        if self.n_power_iterations != 1:
-            shown.append(f"n_power_iterations={self.n_power_iterations}")
-        if self.eps != 1e-12:
-            shown.append(f"eps={self.eps}")
-        if self.dim != 0:
-            shown.append(f"dim={self.dim}")
-        if self.order != "u_first":
-            shown.append(f"order={self.order!r}")
+        found, defaults = self.settings._asdict(), LayerSettings()._asdict()
+        names = dict.fromkeys(("n_power_iterations", "eps", *found))  # in stock's order
+        shown = [f"{name}={found[name]!r}" for name in names if found[name] != defaults[name]]
+        gain = self.learned_gain
+        if gain is not None:
+            shown.append("gain per channel" if gain.ndim else "gain")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
@@ -212,71 +352,6 @@ def default_dim(module: Module) -> int:
     return 1 if isinstance(module, transposed) else 0
 
 
-def spectral_norm(
-    module: Module,
-    name: str = "weight",
-    n_power_iterations: int = 1,
-    eps: float = 1e-12,
-    dim: int | None = None,
-    *,
-    order: Order = "u_first",
-    backend: str | None = None,
-) -> Module:
-    """Normalize a parameter of a module by its spectral norm, like ``torch.nn.utils``.
-
-    Args:
-        module: the module that has the parameter; it is changed in place.
-        name: name of the parameter (or buffer).
-        n_power_iterations: steps of the power method for each access in training.
-        eps: smallest divisor of a vector.
-        dim: the dimension that counts the outputs: default 1 for ``ConvTranspose1d/2d/3d``, else 0.
-        order: ``"u_first"`` is ``torch.nn.utils.parametrizations.spectral_norm``, ``"v_first"`` has
-            the numbers of the older ``torch.nn.utils.spectral_norm``.
-        backend: see :func:`spectral_ext.functional.spectral_normalize`.
-
-    Returns:
-        ``module``. Undo it with ``torch.nn.utils.parametrize.remove_parametrizations``.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; nothing was changed. A ``dim`` out of range
-            is an ``IndexError`` too, as in stock.
-        RuntimeError: the tensor has a spectral norm already (``"v_first"``; stock allows to stack
-            ``"u_first"``), or the backend cannot run.
-
-    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
-    """
-    if not isinstance(module, Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    label = f"{parametrize.type_before_parametrizations(module).__name__}.{name}"
-    dim = default_dim(module) if dim is None else dim
-    normalize_parameter(module, name, n_power_iterations, eps, dim, order, backend, label)
-    return module
-
-
-def normalize_parameter(
-    module: Module,
-    name: str,
-    n_power_iterations: int,
-    eps: float,
-    dim: int,
-    order: Order,
-    backend: str | None,
-    label: str,
-) -> None:
-    """Do what :func:`spectral_norm` says; ``label`` is how messages call the layer."""
-    check_settings(label, n_power_iterations, eps, order)
-    _refuse_second(module, name, order, label)
-    weight, dim = checked_weight(module, name, dim, label)
-    check_backend(backend, weight)
-    parametrization = SpectralNorm(
-        weight, n_power_iterations, dim, eps, order=order, backend=backend, label=label
-    )
-    # Stock's consistency check calls the parametrization, which iterates in training; its hook
-    # has no such check.
-    parametrize.register_parametrization(module, name, parametrization, unsafe=order == "v_first")
-    own_class(module)
-
-
 def check_backend(backend: str | None, weight: Tensor) -> None:
     """Raise unless the backend exists and can run where the weight is."""
     if not weight.is_complex():
@@ -295,16 +370,3 @@ def checked_weight(module: Module, name: str, dim: int, label: str) -> tuple[Ten
         state = "is None" if name in module._parameters else "does not exist"
         raise ValueError(f"{label}: there is no such parameter or buffer to normalize; it {state}")
     return weight, check_weight(label, weight, dim)
-
-
-def _refuse_second(module: Module, name: str, order: Order, label: str) -> None:
-    """Raise where stock refuses a second spectral norm on one tensor."""
-    if stock_hook(module, name) is not None:
-        error = RuntimeError if order == "v_first" else ValueError
-        raise error(f"{label}: torch.nn.utils.spectral_norm normalizes this parameter already")
-    if order == "v_first" and parametrize.is_parametrized(module, name):
-        for parametrization in parametrization_lists(module)[name]:
-            if isinstance(parametrization, StockSpectralNorm):
-                raise RuntimeError(
-                    f"{label}: cannot register two spectral norms on the same parameter"
-                )

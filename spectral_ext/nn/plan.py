@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..autograd import Settings
 from ..backends import Backend
-from ..functional import PreparedCall, prepare
+from ..functional import PreparedCall, prepare, with_gain
 from ..reference import Order
+from ..settings import Settings
 from .dynamic_class import parametrization_lists
 from .parametrization import SpectralNorm
 
@@ -139,15 +139,17 @@ class Plan:
         self.has_ties = len(self._leads) < len(self.layers)
         self._share_vectors()
         leads = [self._parametrizations[i] for i in self._leads]
-        self.settings = Settings(
-            [p.dim for p in leads],
-            [p.n_power_iterations for p in leads],
-            [p.eps for p in leads],
-            [p.order == "v_first" for p in leads],
-        )
+        self.settings = Settings.of([p.settings for p in leads])
         columns = self._columns()
         self._units = columns.select(self._leads) if self.has_ties else columns
         self._calls: dict[int, PreparedCall | None] = {}
+        self.sizes = [
+            (0, 0) if u is None or v is None else (len(u), len(v))
+            for u, v in zip(self._units.us, self._units.vs, strict=True)
+        ]
+        self.weight_ids = {id(weight) for weight in columns.weights}
+        self._gains = [p.learned_gain for p in leads]
+        self.has_gains = any(gain is not None for gain in self._gains)
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
             place
@@ -159,6 +161,11 @@ class Plan:
         ]
         places += [(home, "_u", u) for home, u in zip(self._vectors, columns.us, strict=True)]
         places += [(home, "_v", v) for home, v in zip(self._vectors, columns.vs, strict=True)]
+        places += [
+            (p._parameters, "gain", p.learned_gain)
+            for p in self._parametrizations
+            if p.learned_gain is not None
+        ]
         self._places: tuple[tuple[Any, ...], ...] = tuple(zip(*places, strict=True))
 
     def check(self) -> None:
@@ -170,9 +177,7 @@ class Plan:
         """Number the units: layers with one weight and the same settings get one number."""
         units: dict[tuple[Any, ...], int] = {}
         return [
-            units.setdefault(
-                (id(home["original"]), p.dim, p.n_power_iterations, p.eps, p.order), len(units)
-            )
+            units.setdefault((id(home["original"]), id(p.learned_gain), *p.settings), len(units))
             for p, home in zip(self._parametrizations, self._homes, strict=True)
         ]
 
@@ -206,6 +211,19 @@ class Plan:
             if not all(map(is_, map(dict.get, dictionaries, names), found)):
                 return None
         return self._units
+
+    def with_gains(self, normalized: list[Tensor | None]) -> list[Tensor | None]:
+        """Return normalized weights times the gains of their units."""
+        if not self.has_gains:
+            return normalized
+        return [
+            None if weight is None else self.with_gain(place, weight)
+            for place, weight in enumerate(normalized)
+        ]
+
+    def with_gain(self, place: int, weight: Tensor) -> Tensor:
+        """Return the normalized weight of a unit times its gain."""
+        return with_gain(weight, self._gains[place], self.settings.dims[place])
 
     def prepared(self, backend: Backend) -> PreparedCall | None:
         """Return one call for all units, if there is one."""

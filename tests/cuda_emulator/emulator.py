@@ -191,10 +191,14 @@ class Emulator:
         outputs,
         saved,
         sigmas,
+        convergence,
         dims,
         n_power_iterations,
         eps,
         v_first,
+        tols,
+        scales,
+        soft,
         update,
     ) -> None:
         memory, layers, next_saved = Memory(), [], 0
@@ -204,7 +208,8 @@ class Emulator:
             layers.append(
                 [
                     *_dtype_and_shape(output, dims[i]),
-                    *(int(v_first[i]), n_power_iterations[i], eps[i], u.stride(0), v.stride(0)),
+                    *(int(u.dtype != weight.dtype), int(v_first[i]), n_power_iterations[i], eps[i]),
+                    *(tols[i], scales[i], int(soft[i]), 0, u.stride(0), v.stride(0)),
                     memory.add(f"weight {i}", weight),
                     memory.add(f"output {i}", output, written=True),
                     memory.add(f"u {i}", u, written=update),
@@ -213,12 +218,24 @@ class Emulator:
                 ]
             )
             next_saved += u.numel() + v.numel()
-        flat = [memory.add("saved", saved, True), memory.add("sigmas", sigmas, True), -1]
+        flat = [memory.add("saved", saved, True), memory.add("sigmas", sigmas, True)]
+        report = convergence if len(convergence) else None
+        flat += [memory.add("convergence", report, written=True), -1]
         self._run([0, int(update)], memory, flat, layers)
 
     @torch.no_grad()
     def backward(
-        self, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, mask
+        self,
+        grad_outputs,
+        grad_sigmas,
+        outputs,
+        saved,
+        sigmas,
+        dims,
+        scales,
+        soft,
+        detach_sigma,
+        mask,
     ) -> list[Tensor]:
         memory, layers, next_saved, grad_weights = Memory(), [], 0, []
         for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
@@ -232,7 +249,7 @@ class Emulator:
             layers.append(
                 [
                     *_dtype_and_shape(output, dims[i]),
-                    *(0, 1, 1e-12, 1, 1, -1),
+                    *(0, 0, 1, 1e-12, 0.0, scales[i], int(soft[i]), int(detach_sigma[i]), 1, 1, -1),
                     memory.add(f"output {i}", output),
                     *(-1, -1),
                     memory.add(f"grad_output {i}", grad),
@@ -242,7 +259,7 @@ class Emulator:
             )
         grad_sigmas = None if grad_sigmas is None else grad_sigmas.contiguous()
         flat = [memory.add("saved", saved), memory.add("sigmas", sigmas)]
-        flat.append(memory.add("grad_sigmas", grad_sigmas))
+        flat += [-1, memory.add("grad_sigmas", grad_sigmas)]
         self._run([1, 0], memory, flat, layers)
         return grad_weights
 

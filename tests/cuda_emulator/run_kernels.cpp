@@ -32,9 +32,10 @@ struct Run {
 struct CallLayer {
   DType dtype;
   Shape shape;
-  bool v_first;
+  bool wide_vectors, v_first;
   int n_power_iterations;
-  double eps;
+  double eps, tol, scale;
+  bool soft, detach_sigma;
   int64_t u_stride, v_stride;
   int64_t weight, output, u, v, grad_output, grad_weight;
   int64_t saved;  // in elements
@@ -46,7 +47,7 @@ struct Call {
   PlanOptions options;
   std::vector<Run> runs;
   std::vector<std::pair<int64_t, int64_t>> tensors;  // where they begin and end
-  int64_t saved, sigmas, grad_sigmas;
+  int64_t saved, sigmas, convergence, grad_sigmas;
   std::vector<CallLayer> layers;
 };
 
@@ -89,14 +90,15 @@ Call read_call(const char* path) {
   for (Run& run : call.runs) in >> run.ticketed >> run.grid >> run.resident >> run.seed;
   in.list(call.tensors);
   for (auto& [begin, end] : call.tensors) in >> begin >> end;
-  in >> call.saved >> call.sigmas >> call.grad_sigmas;
+  in >> call.saved >> call.sigmas >> call.convergence >> call.grad_sigmas;
   in.list(call.layers);
   for (CallLayer& layer : call.layers) {
     Shape& shape = layer.shape;
     ColumnOrder& order = shape.column_order;
     in >> layer.dtype >> shape.outer >> shape.rows >> shape.inner >> order.count;
     for (int d = 0; d < order.count; ++d) in >> order.size[d] >> order.stride[d];
-    in >> layer.v_first >> layer.n_power_iterations >> layer.eps;
+    in >> layer.wide_vectors >> layer.v_first >> layer.n_power_iterations >> layer.eps;
+    in >> layer.tol >> layer.scale >> layer.soft >> layer.detach_sigma;
     in >> layer.u_stride >> layer.v_stride >> layer.weight >> layer.output >> layer.u >> layer.v;
     in >> layer.grad_output >> layer.grad_weight >> layer.saved >> layer.sigma;
   }
@@ -148,13 +150,15 @@ void run_kernel(const BackwardArguments& arguments) {
 template <class Arguments>
 void launch(const Arguments& arguments, DType dtype, const Run& run) {
   emulator::launch(run.grid, kThreads, kSharedBytes, run.resident, run.seed, [&] {
+#if defined(EMULATOR_ONLY)
+    static_cast<void>(dtype);
+    return run_kernel<EMULATOR_ONLY>(arguments);
+#else
     if (dtype == DType::kFloat32) return run_kernel<float>(arguments);
-#if !defined(EMULATOR_FLOAT32_ONLY)
     if (dtype == DType::kFloat64) return run_kernel<double>(arguments);
     if (dtype == DType::kBFloat16) return run_kernel<BFloat16>(arguments);
-    if (dtype == DType::kFloat16) return run_kernel<Float16>(arguments);
+    return run_kernel<Float16>(arguments);
 #endif
-    std::abort();
   });
 }
 
@@ -182,12 +186,27 @@ void run_forward(const Call& call, const std::vector<const CallLayer*>& group, c
   ForwardArguments arguments{};
   arguments.saved = memory.at(call.saved);
   arguments.sigmas = memory.at(call.sigmas);
+  if (call.convergence >= 0) {
+    const int64_t size = compute_size(call.layers[0].dtype);
+    arguments.residuals = memory.at(call.convergence);
+    arguments.iterations =
+        memory.at(call.convergence + size * static_cast<int64_t>(call.layers.size()));
+  }
   for (const CallLayer* layer : group) {
     arguments.layers[layers.size()] = {memory.at(layer->weight), memory.at(layer->output),
                                        memory.at(layer->u), memory.at(layer->v)};
-    layers.push_back({layer->shape, layer->dtype, layer->v_first, layer->n_power_iterations,
-                      layer->eps, nullptr, nullptr, nullptr, nullptr, layer->u_stride,
-                      layer->v_stride, nullptr, nullptr, nullptr});
+    Layer& added = layers.emplace_back();
+    added.shape = layer->shape;
+    added.dtype = layer->dtype;
+    added.wide_vectors = layer->wide_vectors;
+    added.v_first = layer->v_first;
+    added.n_power_iterations = layer->n_power_iterations;
+    added.eps = layer->eps;
+    added.tol = layer->tol;
+    added.scale = layer->scale;
+    added.soft = layer->soft;
+    added.u_stride = layer->u_stride;
+    added.v_stride = layer->v_stride;
   }
   run_plan(arguments, plan_forward(layers, places, call.update, call.options), layers[0].dtype,
            run);
@@ -203,8 +222,12 @@ void run_backward(const Call& call, const std::vector<const CallLayer*>& group,
   for (const CallLayer* layer : group) {
     arguments.layers[layers.size()] = {memory.at(layer->grad_output), memory.at(layer->output),
                                        memory.at(layer->grad_weight)};
-    layers.push_back({layer->shape, layer->dtype, nullptr, nullptr, nullptr, nullptr, nullptr,
-                      nullptr, nullptr});
+    LayerGradient& added = layers.emplace_back();
+    added.shape = layer->shape;
+    added.dtype = layer->dtype;
+    added.scale = layer->scale;
+    added.soft = layer->soft;
+    added.detach_sigma = layer->detach_sigma;
   }
   run_plan(arguments, plan_backward(layers, places, call.options), layers[0].dtype, run);
 }

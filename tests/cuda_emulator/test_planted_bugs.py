@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import emulator
 import lists
+import options
 import pytest
 import samples
 import torch
 from test_numeric import check_backward, check_forward
 
 NUMBERS = r"error .*, allowed"
+REPORT = r"(residual|iterations) of .*: "
 BITS = r"other bits under Schedule"
 WRONG = f"({NUMBERS})|({BITS})"  # whichever run is wrong: it depends on who runs first
 OUTSIDE = r"wrote beyond its results"
@@ -32,9 +34,10 @@ class Bug(NamedTuple):
     new: str
     sign: str
     variant: str = "plain"
+    only: str = "float"  # the type that is compiled
 
 
-FLAGS = ["-O0", "-DEMULATOR_FLOAT32_ONLY"]  # what compiles fastest
+ONLY = {"float": torch.float32, "BFloat16": torch.bfloat16}
 
 BUGS = [
     Bug(
@@ -194,21 +197,135 @@ BUGS = [
         "layer.v",
         NUMBERS,
     ),
+    Bug(
+        "one slot for the sums of blocks",
+        "layer.cuh",
+        "(iteration & 1) * table.blocks",
+        "(table.update ? 0 : iteration & 1) * table.blocks",
+        f"({WRONG})|({REPORT})",
+    ),
+    Bug(
+        "one slot for the sums of chunks",
+        "layer.cuh",
+        "(iteration & 1) * table.chunks",
+        "(table.update ? 0 : iteration & 1) * table.chunks",
+        RACE,
+        "thread",
+    ),
+    Bug(
+        "columns that are skipped and hand nothing on",
+        "columns.cuh",
+        "layer.chunk_sums(iteration)[piece.index] = layer.chunk_sums(iteration - 1)[piece.index];",
+        "",
+        f"({NUMBERS})|({REPORT})",
+    ),
+    Bug(
+        "rows that are skipped and hand nothing on",
+        "schedule.cuh",
+        "layer.block_sums(iteration)[piece.index] = layer.block_sums(iteration - 1)[piece.index];",
+        "",
+        f"({NUMBERS})|({REPORT})",
+    ),
+    Bug(
+        "rows that go on after the last iteration",
+        "schedule.cuh",
+        "if (layer.is_over(iteration)) {",
+        "if (false) {",
+        f"({NUMBERS})|({REPORT})",
+    ),
+    Bug(
+        "norm of the v_first columns from the wrong iteration",
+        "columns.cuh",
+        "layer.norm_of_t(iteration - table.v_first)",
+        "layer.norm_of_t(iteration)",
+        NUMBERS,
+    ),
+    Bug(
+        "norms of an iteration exchanged",
+        "layer.cuh",
+        "table.v_first ? Squares{y, t} : Squares{t, y}",
+        "Squares{t, y}",
+        REPORT,
+    ),
+    Bug(
+        "report in the place of another layer",
+        "layer.cuh",
+        "static_cast<A*>(arguments.residuals)) + table.sigma",
+        "static_cast<A*>(arguments.residuals))",
+        REPORT,
+    ),
+    Bug(
+        "weight within its bound divided",
+        "device.cuh",
+        "table.soft ? sigma <= table.target : sigma == 0",
+        "table.soft ? sigma == 0 : sigma == 0",
+        NUMBERS,
+    ),
+    Bug(
+        "vectors of a weight within its bound kept",
+        "scale.cuh",
+        "!table.update || sigma == 0",
+        "!table.update || is_left_alone(table, sigma)",
+        NUMBERS,
+    ),
+    Bug(
+        "gradient by sigma of a weight within its bound",
+        "backward.cuh",
+        "left_alone ? 0 : along / sigma",
+        "sigma == 0 ? 0 : along / sigma",
+        NUMBERS,
+    ),
+    Bug(
+        "gradient by a sigma that is a constant",
+        "backward.cuh",
+        "g != nullptr && !layer.table.detach_sigma",
+        "g != nullptr",
+        NUMBERS,
+    ),
+    Bug(
+        "averaged vectors taken for unit vectors",
+        "layer.cuh",
+        "off ? sqrt(square) : 1",
+        "off ? 1 : 1",
+        NUMBERS,
+    ),
+    Bug(
+        "wide vectors read as elements of the weight",
+        "layer.cuh",
+        "if (!table.wide_vectors) return",
+        "return",
+        f"({NUMBERS})|({REPORT})",
+        only="BFloat16",
+    ),
+    Bug(
+        "wide vectors written as elements of the weight",
+        "layer.cuh",
+        "sizeof(T) == sizeof(A) || table.wide_vectors",
+        "sizeof(T) == sizeof(A)",
+        NUMBERS,
+        only="BFloat16",
+    ),
 ]
 
 
-def check_all(emulate, variant, command):
+def check_all(emulate, variant, command, dtype=torch.float32):
     """Run forward and backward of tiny layers in every way that the bugs above need."""
     emulated = emulate(command)
     emulated.tickets = 4
     if variant == "thread":
         emulated.schedules = emulator.ALL_RESIDENT
-    check_forward(lists.layers(lists.TINY, n_power_iterations=2), True, "emulated")
+    check_forward(lists.layers(lists.TINY, dtype, n_power_iterations=2), True, "emulated")
     grads = [
-        samples.in_layout(torch.randn(shape), "contiguous" if layout == "offset" else "offset")
+        samples.in_layout(
+            torch.randn(shape).to(dtype), "contiguous" if layout == "offset" else "offset"
+        )
         for shape, _, layout in lists.TINY
     ]
-    check_backward(lists.layers(lists.TINY), grads, False, "emulated")
+    check_backward(lists.layers(lists.TINY, dtype), grads, False, "emulated")
+    for order in ("u_first", "v_first"):
+        layers = lists.layers(lists.TINY, dtype, order=order, n_power_iterations=3)
+        options.check(emulated, options.mixed(layers, True), True)
+    options.check(emulated, options.mixed(lists.layers(lists.TINY, dtype), False), False)
 
 
 @pytest.mark.parametrize("variant", ["alignment", "address", "thread"])
@@ -223,6 +340,7 @@ def test_bug_is_noticed(programs, tmp_path, emulate, bug):
     code = file.read_text()
     assert code.count(bug.old) == 1, f"{bug.file} has changed; plant the bug anew"
     file.write_text(code.replace(bug.old, bug.new))
-    command = emulator.build(tmp_path, bug.variant, tmp_path / "csrc", FLAGS)
+    flags = ["-O0", f"-DEMULATOR_ONLY={bug.only}"]  # what compiles fastest
+    command = emulator.build(tmp_path, bug.variant, tmp_path / "csrc", flags)
     with pytest.raises(AssertionError, match=bug.sign):
-        check_all(emulate, bug.variant, command)
+        check_all(emulate, bug.variant, command, ONLY[bug.only])

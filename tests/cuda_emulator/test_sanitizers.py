@@ -57,7 +57,7 @@ def test_races_of_the_backward(programs, emulate):
 
 def test_ucontext(programs, emulate):
     """The way that fibers switch on other processors than x86-64."""
-    flags = ["-O0", "-DEMULATOR_FLOAT32_ONLY", "-DEMULATOR_UCONTEXT"]
+    flags = ["-O0", "-DEMULATOR_ONLY=float", "-DEMULATOR_UCONTEXT"]
     emulated = emulate(emulator.build(programs, "plain", flags=flags))
     emulated.schedules = emulator.SCHEDULES[1:]
     check_backward_of(lists.TINY[:4], torch.float32)

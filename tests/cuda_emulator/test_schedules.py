@@ -1,6 +1,7 @@
 """Neither schedule, grid, number of resident CTAs nor their order changes a bit."""
 
 import lists
+import options
 import pytest
 import torch
 from emulator import Schedule
@@ -22,3 +23,5 @@ def test_bits_are_the_same(emulated, backend, dtype, order):
     layers = lists.layers(lists.TINY, dtype, order=order, n_power_iterations=2)
     check_forward(layers, True, backend)
     check_backward(layers, [torch.randn_like(la.weight) for la in layers], True, backend)
+    layers = lists.layers(lists.TINY, dtype, order=order, n_power_iterations=4)
+    options.check(emulated, options.mixed(layers, True), True)

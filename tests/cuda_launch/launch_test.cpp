@@ -82,6 +82,9 @@ struct Tensors {
   }
 };
 
+double scale_of(size_t layer) { return layer % 2 == 0 ? 1 : 3; }
+bool has_tolerance(size_t layer) { return layer % 5 == 0; }
+
 /// A call with layers of two types, more of them than a launch takes.
 struct Call {
   std::mt19937 random{1};
@@ -89,7 +92,7 @@ struct Call {
   Tensors<BFloat16> halves{3, 130, random};
   std::vector<Layer> layers;
   std::vector<LayerGradient> gradients;
-  std::vector<float> saved, sigmas, grad_sigmas;
+  std::vector<float> saved, sigmas, convergence, grad_sigmas;
   CUstream_st stream;
 
   Call() {
@@ -100,6 +103,7 @@ struct Call {
     for (const auto& v : halves.vs) size += static_cast<int64_t>(v.size());
     saved.assign(size, NAN);
     sigmas.assign(133, NAN);
+    convergence.assign(2 * sigmas.size(), -1);
     grad_sigmas = random_vector<float>(133, random);
     add(floats, DType::kFloat32);
     add(halves, DType::kBFloat16);
@@ -113,26 +117,42 @@ struct Call {
       const Layer* last = layers.empty() ? nullptr : &layers.back();
       float* u = saved.data();
       if (last != nullptr) u = static_cast<float*>(last->v_saved) + last->shape.columns();
-      float* const sigma = sigmas.data() + layers.size();
-      layers.push_back({{1, rows, columns, {}},
-                        dtype,
-                        false,
-                        1,
-                        1e-12,
-                        of.weights[i].data(),
-                        of.outputs[i].data(),
-                        of.us[i].data(),
-                        of.vs[i].data(),
-                        1,
-                        1,
-                        u,
-                        u + rows,
-                        sigma});
+      const size_t place = layers.size();
+      float* const sigma = sigmas.data() + place;
+      layers.push_back({.shape = {1, rows, columns, {}},
+                        .dtype = dtype,
+                        .wide_vectors = false,
+                        .v_first = false,
+                        .n_power_iterations = 1,
+                        .eps = 1e-12,
+                        .tol = has_tolerance(place) ? 0.5 : 0,
+                        .scale = scale_of(place),
+                        .soft = false,
+                        .weight = of.weights[i].data(),
+                        .output = of.outputs[i].data(),
+                        .u = of.us[i].data(),
+                        .v = of.vs[i].data(),
+                        .u_stride = 1,
+                        .v_stride = 1,
+                        .u_saved = u,
+                        .v_saved = u + rows,
+                        .sigma = sigma,
+                        .residual = convergence.data() + place,
+                        .iterations = convergence.data() + sigmas.size() + place});
       if (layers.size() % 3 == 0) continue;  // a weight that needs no gradient
       const bool missing = layers.size() % 4 == 0;
-      gradients.push_back({layers.back().shape, dtype,
-                           missing ? nullptr : of.grad_outputs[i].data(), &grad_sigmas[0],
-                           of.outputs[i].data(), u, u + rows, sigma, of.grad_weights[i].data()});
+      gradients.push_back({.shape = layers.back().shape,
+                           .dtype = dtype,
+                           .scale = scale_of(place),
+                           .soft = false,
+                           .detach_sigma = false,
+                           .grad_output = missing ? nullptr : of.grad_outputs[i].data(),
+                           .grad_sigma = &grad_sigmas[0],
+                           .output = of.outputs[i].data(),
+                           .u = u,
+                           .v = u + rows,
+                           .sigma = sigma,
+                           .grad_weight = of.grad_weights[i].data()});
     }
   }
 
@@ -177,10 +197,14 @@ void check(const Call& before, const Call& after, Tensors<T> Call::* member, siz
     for (size_t c = 0; c < columns; ++c) sigma += y[c] * v[c];
     const std::string name = "layer " + std::to_string(first + i);
     expect(std::fabs(after.sigmas[first + i] / sigma - 1) < 1e-5, "sigma of " + name);
+    const float residual = after.convergence[first + i];
+    expect(has_tolerance(first + i) ? residual >= 0 : std::isnan(residual), "residual of " + name);
+    expect(after.convergence[after.sigmas.size() + first + i] == 1, "iterations of " + name);
+    const double factor = scale_of(first + i) / sigma;
     for (size_t e = 0; e < w.size(); ++e) {
-      expect(std::fabs(to_compute(now.outputs[i][e]) - w[e] / sigma) < allowed,
+      expect(std::fabs(to_compute(now.outputs[i][e]) - w[e] * factor) < 2 * allowed,
              "output of " + name);
-      along += to_compute(old.grad_outputs[i][e]) * w[e] / sigma;
+      along += to_compute(old.grad_outputs[i][e]) * w[e] * factor;
     }
     for (size_t r = 0; r < rows; ++r) {
       expect(std::fabs(to_compute(now.us[i][r]) - u[r]) < allowed, "u of " + name);
@@ -190,8 +214,8 @@ void check(const Call& before, const Call& after, Tensors<T> Call::* member, siz
     for (size_t e = 0; e < w.size(); ++e) {
       const double grad = missing ? 0 : to_compute(old.grad_outputs[i][e]);
       const double expected =
-          grad / sigma + ((missing ? 0 : -along / sigma) + before.grad_sigmas[first + i]) *
-                             u[e / columns] * v[e % columns];
+          grad * factor + ((missing ? 0 : -along / sigma) + before.grad_sigmas[first + i]) *
+                              u[e / columns] * v[e % columns];
       expect(std::fabs(to_compute(now.grad_weights[i][e]) - expected) < 10 * allowed,
              "gradient of " + name);
     }
@@ -228,10 +252,37 @@ int main() {
   check_numbers(Schedule::kPhases);
   expect(fake::allocations == tables, "plans are made once");
 
-  Call other;
-  other.layers[7].eps = 1e-6;
-  other.forward(Schedule::kTicket);
-  expect(fake::allocations == tables + 3, "other settings have other plans");
+  int others = 0;
+  for (void (*change)(Layer&) : {
+           +[](Layer& layer) { layer.eps = 1e-6; },
+           +[](Layer& layer) { layer.tol = 0.25; },
+           +[](Layer& layer) { layer.scale = 5; },
+           +[](Layer& layer) { layer.soft = true; },
+           +[](Layer& layer) { layer.wide_vectors = true; },
+       }) {
+    Call other;
+    change(other.layers[7]);
+    other.forward(Schedule::kTicket);
+    expect(fake::allocations == tables + 3 * ++others, "other settings have other plans");
+  }
+  const int forwards = fake::allocations;
+  others = 0;
+  for (void (*change)(LayerGradient&) : {
+           +[](LayerGradient& layer) { layer.scale = 5; },
+           +[](LayerGradient& layer) { layer.soft = true; },
+           +[](LayerGradient& layer) { layer.detach_sigma = true; },
+       }) {
+    Call other;
+    change(other.gradients[7]);
+    other.backward(Schedule::kTicket);
+    expect(fake::allocations == forwards + 2 * ++others, "also those of the backward");
+  }
+
+  Call silent;
+  for (Layer& layer : silent.layers) layer.residual = layer.iterations = nullptr;
+  silent.forward(Schedule::kTicket);
+  expect(silent.convergence == std::vector<float>(2 * silent.sigmas.size(), -1),
+         "what is not wanted is not written");
 
   expect(schedule_of(nullptr) == Schedule::kTicket && schedule_of("") == Schedule::kTicket &&
              schedule_of("ticket") == Schedule::kTicket &&

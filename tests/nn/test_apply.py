@@ -58,13 +58,12 @@ def test_what_is_skipped_has_a_reason():
     net.table = nn.Embedding(3, 3)
     before = {name: type(module) for name, module in net.named_modules(remove_duplicate=False)}
     result = spectral_ext.apply_spectral_norm(net, exclude="^left")
-    assert result.normalized == ("normal.weight", "table.weight")
+    assert result.normalized == ("normal.weight", "lazy.weight", "table.weight")
     reasons = {
         "again": "the same module as normal",
         "hooked": "already normalized",
         "stock": "already normalized",
         "ours": "already normalized",
-        "lazy": "not initialized",
         "norm": "BatchNorm1d is not among the types",
         "no_affine": "BatchNorm1d is not among the types",
         "left_out": "excluded",
@@ -75,7 +74,7 @@ def test_what_is_skipped_has_a_reason():
         assert reason in result.skipped[f"{name}.weight"]
         assert type(net.get_submodule(name)) is before[name] or name == "again"
     text = repr(result)
-    assert text.startswith("AppliedSpectralNorm(2 normalized, 9 not")
+    assert text.startswith("AppliedSpectralNorm(3 normalized, 8 not")
     assert "hooked.weight     skipped: already normalized" in text
 
 

@@ -163,3 +163,42 @@ def test_an_unpickled_layer_is_compiled_at_once(backend, monkeypatch):
     net.linear = pickle.loads(saved)
     x = torch.ones(2, 3, dtype=torch.float64)
     assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"check_finite": True, "update": "manual"}], ids=str)
+def test_settings_beyond_stock(backend, settings):
+    """All of them in one graph, with the numbers of the uncompiled model."""
+    options = [
+        {"bound": 0.3},
+        {"scale": 2.0, "detach_sigma": True},
+        {"gain": "sigma_per_channel"},
+        {"tol": 0.05, "max_power_iterations": 4},
+        {"blocks": 3},
+    ]
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 6, dtype=torch.float64) for _ in options]
+        layers = [spectral_ext.spectral_norm(x, **o) for x, o in zip(layers, options, strict=True)]
+        nets.append(nn.Sequential(*layers))
+        spectral_ext.fuse(nets[-1], backend=backend, **settings)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(nets[1], fullgraph=True, backend=counter)
+    for step in range(3):
+        x = torch.randn(2, 6, dtype=torch.float64)
+        for net, call in ((nets[0], nets[0]), (nets[1], compiled)):
+            net.zero_grad()
+            call(x).square().sum().backward()
+        for (name, found), expected in zip(
+            nets[1].named_parameters(), nets[0].parameters(), strict=True
+        ):
+            assert_close(found.grad, expected.grad, f"{name} in step {step}", rtol=1e-10)
+        for found, expected in zip(nets[1].buffers(), nets[0].buffers(), strict=True):
+            assert_close(found, expected)
+    assert counter.frame_count <= 2
+    if settings:
+        with torch.no_grad():
+            nets[1][2].parametrizations.weight.original[0, 0] = float("nan")
+        compiled(x)
+        with pytest.raises(FloatingPointError, match="2.weight"):
+            spectral_ext.group_of(nets[1]).check()

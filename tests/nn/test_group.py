@@ -22,7 +22,6 @@ from nets import (
 )
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 import spectral_ext
 from spectral_ext.nn.active import active
@@ -370,31 +369,6 @@ def test_cached_keeps_the_end_of_a_stack(backend):
     for net in nets:
         with parametrize.cached():
             (net(inputs(0)) + net(inputs(1))).sum().backward()
-    assert_same_state(nets[1], nets[0])
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_checkpointed_blocks(reentrant, training, backend):
-    class Checkpointed(Net):
-        def forward(self, x):
-            x = self.up(torch.tanh(self.conv(x))).flatten(1)
-            return self.head(checkpoint(self.body, x, use_reentrant=reentrant))
-
-    nets = []
-    for fuse in (False, True):
-        net = make(STOCK["u_first"]).train(training)
-        net.__class__ = Checkpointed
-        if fuse:
-            spectral_ext.fuse(net, backend=backend)
-        loss = net(inputs()).square().sum()
-        loss.backward()
-        nets.append(net)
-    if training and not reentrant:
-        # Stock differentiates with the vectors of the recomputation, we with those of the forward.
-        for net in nets:
-            for parameter in net.body.parameters():
-                parameter.grad = None
     assert_same_state(nets[1], nets[0])
 
 

@@ -154,14 +154,12 @@ def test_zero_weight_gives_zeros_and_recovers():
     assert_close(torch.linalg.matrix_norm(weight, 2), torch.tensor(1.0), rtol=1e-4)
 
 
-LAZY = nn.LazyLinear(3)
 INTEGER = nn.Linear(3, 2)
 INTEGER.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int32), requires_grad=False)
 BAD = {
     "no module": (lambda: "Linear", {}, TypeError),
     "no such parameter": (lambda: nn.Linear(3, 2), {"name": "gain"}, ValueError),
     "a None parameter": (lambda: nn.Linear(3, 2, bias=False), {"name": "bias"}, ValueError),
-    "lazy": (lambda: LAZY, {}, ValueError),
     "integer": (lambda: INTEGER, {}, TypeError),
     "empty": (lambda: nn.Linear(3, 0), {}, ValueError),
     "dim too large": (lambda: nn.Linear(3, 2), {"dim": 2}, IndexError),

@@ -1,7 +1,8 @@
-"""The backward of many layers: ``gW = (G − a·u vᵀ) / σ + gσ·u vᵀ`` with ``a = ⟨G, Y⟩``.
+"""The backward of many layers: ``gW = (c·G − a·u vᵀ) / σ + gσ·u vᵀ`` with ``a = ⟨G, Y⟩``.
 
 u and v are constants. One launch leaves each tile's share of ``a``, a second one the gradients. Where σ
-is zero the forward passed the weight through: ``gW = G + gσ·u vᵀ``. A missing ``G`` is zero.
+counts as a constant, there is no term of ``a``; where the forward has left the weight alone,
+``gW = G + gσ·u vᵀ``. A missing ``G`` is zero.
 """
 
 import triton
@@ -9,19 +10,23 @@ import triton.language as tl
 
 from .device import (
     COLUMNS,
+    DETACH_SIGMA,
     INNER,
     ROW_SUMS,
     ROW_TILES,
     ROWS,
     SAVED,
     SIGMA,
+    TARGET,
     TILE,
     WIDTH,
     are_vectors,
     as_pointer,
     in_memory,
     in_v,
-    total,
+    is_left_alone,
+    number,
+    total_of,
 )
 from .tables import TILE_SIZES
 
@@ -39,13 +44,14 @@ def write_dot(
     T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """⟨G, Y⟩ of a tile of rows."""
+    """⟨G, Y⟩ of a tile of rows; zero where there is no G, and where σ counts as a constant."""
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
     grad = as_pointer(addresses + GRAD, T, VECTORS)
     output = as_pointer(addresses + OUTPUT, T, VECTORS)
-    given = tl.where(tl.load(addresses + GRAD) == 0, 0, rows)
+    is_zero = (tl.load(addresses + GRAD) == 0) | (tl.load(facts + DETACH_SIGMA) != 0)
+    given = tl.where(is_zero, 0, rows)
     if VECTORS:
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
@@ -128,9 +134,11 @@ def gradient_kernel(
     facts = layers + layer * WIDTH
     addresses = pointers + layer * POINTERS
     sigma = tl.load(sigmas + tl.load(facts + SIGMA)).to(tl.float64)
-    along = total(sums + tl.load(facts + ROW_SUMS), tl.load(facts + ROW_TILES))
-    factor = 1.0 / tl.where(sigma == 0, 1.0, sigma)
-    coefficient = tl.where(sigma == 0, 0.0, along * factor)
+    along = total_of(facts, sums, 0, ROW_SUMS, ROW_TILES)
+    left_alone = is_left_alone(facts, sigma)
+    inverse = 1.0 / sigma
+    factor = tl.where(left_alone, 1.0, number(facts, TARGET) * inverse)
+    coefficient = tl.where(left_alone, 0.0, along * inverse)
     if HAS_GRAD_SIGMAS:
         coefficient -= tl.load(grad_sigmas + tl.load(facts + SIGMA)).to(tl.float64)
     as_vectors = are_vectors(facts, addresses, 3)

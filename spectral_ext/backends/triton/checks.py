@@ -17,8 +17,10 @@ __all__ = [
     "check_count",
     "check_flat",
     "check_memory",
+    "check_one_dtype",
     "check_same",
     "check_settings",
+    "check_target",
     "check_tensor",
     "check_vector",
     "checked_dim",
@@ -103,8 +105,10 @@ def checked_dim(weight: Tensor, dim: int, layer: int) -> int:
 def check_vector(vector: Tensor, size: int, weight: Tensor, name: str, layer: int) -> int:
     """Raise unless u or v fits its weight; return its bytes."""
     reach = check_memory(vector, weight.device, f"{name} of layer {layer}")
-    if vector.dtype != weight.dtype:
-        raise TypeError(f"{name} of layer {layer} is {_type(vector)}, expected {_type(weight)}")
+    wide = compute_dtype(weight.dtype)
+    if vector.dtype not in (weight.dtype, wide):
+        expected = _type(weight) if weight.dtype == wide else f"{_type(weight)} or float32"
+        raise TypeError(f"{name} of layer {layer} is {_type(vector)}, expected {expected}")
     if vector.shape != (size,):
         raise ValueError(
             f"{name} of layer {layer} must have shape [{size}], got {list(vector.shape)}"
@@ -114,7 +118,15 @@ def check_vector(vector: Tensor, size: int, weight: Tensor, name: str, layer: in
     return reach
 
 
-def check_settings(n_power_iterations: int, eps: float, layer: int) -> None:
+def check_one_dtype(u: Tensor, v: Tensor, layer: int) -> None:
+    """Raise unless u and v have the same dtype."""
+    if u.dtype != v.dtype:
+        raise TypeError(
+            f"u and v of layer {layer} are {_type(u)} and {_type(v)}, expected one type"
+        )
+
+
+def check_settings(n_power_iterations: int, eps: float, tol: float, layer: int) -> None:
     """Raise unless the settings of a layer make sense."""
     if not 1 <= n_power_iterations <= _MAX_ITERATIONS:
         raise ValueError(
@@ -123,6 +135,14 @@ def check_settings(n_power_iterations: int, eps: float, layer: int) -> None:
         )
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps of layer {layer} is {eps}, expected a positive number")
+    if not (tol >= 0 and math.isfinite(tol)):
+        raise ValueError(f"tol of layer {layer} is {tol}, expected a number that is not negative")
+
+
+def check_target(scale: float, layer: int) -> None:
+    """Raise unless a layer can be normalized to that."""
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale of layer {layer} is {scale}, expected a positive number")
 
 
 def check_flat(

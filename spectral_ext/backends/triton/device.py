@@ -16,6 +16,12 @@ INNER = tl.constexpr(FIELDS.index("inner"))
 TILE = tl.constexpr(FIELDS.index("tile"))
 CONTIGUOUS = tl.constexpr(FIELDS.index("contiguous"))
 EPS = tl.constexpr(FIELDS.index("eps"))
+TOL = tl.constexpr(FIELDS.index("tol"))
+TARGET = tl.constexpr(FIELDS.index("target"))
+SOFT = tl.constexpr(FIELDS.index("soft"))
+DETACH_SIGMA = tl.constexpr(FIELDS.index("detach_sigma"))
+WIDE_VECTORS = tl.constexpr(FIELDS.index("wide_vectors"))
+SLACK = tl.constexpr(FIELDS.index("slack"))
 U_STRIDE = tl.constexpr(FIELDS.index("u_stride"))
 V_STRIDE = tl.constexpr(FIELDS.index("v_stride"))
 ORDER = tl.constexpr(FIELDS.index("order"))
@@ -32,6 +38,7 @@ ROW_SUMS = tl.constexpr(FIELDS.index("row_sums"))
 ROW_TILES = tl.constexpr(FIELDS.index("row_tiles"))
 COLUMN_SUMS = tl.constexpr(FIELDS.index("column_sums"))
 CHUNKS = tl.constexpr(FIELDS.index("chunks"))
+MADE = tl.constexpr(FIELDS.index("made"))
 
 
 @triton.jit
@@ -66,6 +73,19 @@ def divide(x, y, A: tl.constexpr):
 
 
 @triton.jit
+def number(facts, PLACE: tl.constexpr):
+    """Return a fact that is a number in float64."""
+    return tl.load(facts + PLACE).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def is_left_alone(facts, sigma):
+    """Return whether a weight is its output: where σ, as the caller sees it, is zero or within a bound."""
+    is_within = (tl.load(facts + SOFT) != 0) & (sigma.to(tl.float64) <= number(facts, TARGET))
+    return (sigma == 0) | is_within
+
+
+@triton.jit
 def total(sums, count):
     """Return the sum of what programs of earlier launches have left, always in one order."""
     result = tl.zeros([128], tl.float64)
@@ -83,16 +103,16 @@ def at_least(x, bound):
 
 
 @triton.jit
-def norm(facts, sums, PLACE: tl.constexpr, COUNT: tl.constexpr):
-    """Return ‖t‖ or ‖y‖ in float64, of the squares that programs have left."""
-    return tl.sqrt(total(sums + tl.load(facts + PLACE), tl.load(facts + COUNT)))
+def total_of(facts, sums, slot, PLACE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the sum of what programs have left in a slot, such as ‖t‖²."""
+    count = tl.load(facts + COUNT)
+    return total(sums + tl.load(facts + PLACE) + slot * count, count)
 
 
 @triton.jit
-def divisor(facts, sums, PLACE: tl.constexpr, COUNT: tl.constexpr):
+def divisor(facts, sums, slot, PLACE: tl.constexpr, COUNT: tl.constexpr):
     """Return ``max(‖t‖, eps)`` or ``max(‖y‖, eps)`` in float64."""
-    eps = tl.load(facts + EPS).to(tl.float64, bitcast=True)
-    return at_least(norm(facts, sums, PLACE, COUNT), eps)
+    return at_least(tl.sqrt(total_of(facts, sums, slot, PLACE, COUNT)), number(facts, EPS))
 
 
 @triton.jit
@@ -103,6 +123,29 @@ def in_memory(column, rows, inner, VECTORS: tl.constexpr):
     else:
         offset = column // inner * (rows * inner) + column % inner
     return offset
+
+
+@triton.jit
+def load_vector(address, place, is_wide, mask, T: tl.constexpr, A: tl.constexpr):
+    """Return elements of u or v as they were given: in ``A`` where ``is_wide``, else in ``T``."""
+    if T == A:
+        x = tl.load(address.to(tl.pointer_type(T)) + place, mask=mask, other=0.0)
+    elif is_wide != 0:
+        x = tl.load(address.to(tl.pointer_type(A)) + place, mask=mask, other=0.0)
+    else:
+        x = tl.load(address.to(tl.pointer_type(T)) + place, mask=mask, other=0.0).to(A)
+    return x
+
+
+@triton.jit
+def store_vector(address, place, x, is_wide, mask, T: tl.constexpr, A: tl.constexpr):
+    """Write elements of u or v into their buffer."""
+    if T == A:
+        tl.store(address.to(tl.pointer_type(T)) + place, x, mask=mask)
+    elif is_wide != 0:
+        tl.store(address.to(tl.pointer_type(A)) + place, x, mask=mask)
+    else:
+        tl.store(address.to(tl.pointer_type(T)) + place, x.to(T), mask=mask)
 
 
 @triton.jit

@@ -1,10 +1,14 @@
-"""The forward of many layers: half-steps of the power iteration, and then ``Y = W / σ``.
+"""The forward of many layers: half-steps of the power iteration, and then ``Y = W·c / σ``.
 
 With ``t = M v`` an iteration of ``u_first`` is ``u = t/‖t‖``, ``y = Mᵀu``, ``v = y/‖y‖``, and σ = ‖y‖. One
 half-step reads tiles of rows: ``t``, and while the rows are in a cache the tile's share of ``Mᵀt``. The
 other one adds the shares up to ``y``. ``v_first`` begins with the second kind, which then adds up the
 weight's own rows with ``u`` as factors, and ends with ``t``: σ = ‖t‖. All layers take each half-step in
 one launch, so that one iteration is two launches, and the division the third.
+
+A layer with a tolerance stops where the two norms of an iteration say so: the programs of later ones
+find that in the sums of the iteration before theirs, pass them on, and leave all else as it is. Sums
+have a slot for even iterations and one for odd ones, so that none is written where one looks.
 
 A share is a multiple of a power of two near the tile's largest ``|t|``, so that no product leaves the
 range of float where stock's do not. Norms are in float64.
@@ -21,8 +25,10 @@ from .device import (
     CHUNKS,
     COLUMN_SUMS,
     COLUMNS,
+    EPS,
     HALF_STEPS,
     INNER,
+    MADE,
     ROW_SUMS,
     ROW_TILES,
     ROWS,
@@ -30,22 +36,30 @@ from .device import (
     SCALES,
     SHARES,
     SIGMA,
+    SLACK,
     T_PLACE,
+    TARGET,
     TILE,
+    TOL,
     U_STRIDE,
     UPDATE,
     V_FIRST,
     V_STRIDE,
+    WIDE_VECTORS,
     WIDTH,
     Y_PLACE,
     are_vectors,
     as_pointer,
+    at_least,
     divide,
     divisor,
     in_memory,
     in_v,
-    norm,
-    total,
+    is_left_alone,
+    load_vector,
+    number,
+    store_vector,
+    total_of,
 )
 from .tables import CHUNK_SIZES, TILE_SIZES
 
@@ -56,6 +70,44 @@ CHUNK = tl.constexpr(CHUNK_SIZES)
 # The addresses of a layer in a call.
 POINTERS = tl.constexpr(4)
 WEIGHT, OUTPUT, LEFT, RIGHT = (tl.constexpr(place) for place in range(4))
+# Without an update the slots of the sums over rows.
+DOT, U_SQUARE, V_SQUARE = (tl.constexpr(slot) for slot in range(3))
+
+
+@triton.jit
+def slot_of(step):
+    """Return the slot of the sums that a half-step leaves."""
+    return step // 2 % 2
+
+
+@triton.jit
+def find_gap(facts, sums, slot):
+    """Return ``after² − before²`` and ``after²`` of the two norms of an iteration, ``before`` the first."""
+    rows = total_of(facts, sums, slot, ROW_SUMS, ROW_TILES)
+    columns = total_of(facts, sums, slot, COLUMN_SUMS, CHUNKS)
+    starts_with_columns = tl.load(facts + V_FIRST) != 0
+    before = tl.where(starts_with_columns, columns, rows)
+    after = tl.where(starts_with_columns, rows, columns)
+    return after - before, after
+
+
+@triton.jit
+def has_converged(facts, sums, step):
+    """Return as a number whether the iteration before this half-step's was the last one to make."""
+    result = 0
+    tol = number(facts, TOL)
+    if (step >= 2) & (tol > 0):
+        gap, after = find_gap(facts, sums, slot_of(step - 2))
+        result = (gap <= tol * tol * after).to(tl.int32)
+    return result
+
+
+@triton.jit
+def keep_sum(facts, sums, tile, slot, PLACE: tl.constexpr, COUNT: tl.constexpr):
+    """Copy a program's sum from the other slot to this one."""
+    count = tl.load(facts + COUNT)
+    own = sums + tl.load(facts + PLACE) + tile
+    tl.store(own + slot * count, tl.load(own + (1 - slot) * count))
 
 
 @triton.jit
@@ -86,12 +138,13 @@ def read_rows(
     there = r < rows
     first = weight + r * inner
     initial = step == 0
-    v_given = as_pointer(addresses + RIGHT, T)
+    v_given = tl.load(addresses + RIGHT)
     v_stride = tl.load(facts + V_STRIDE)
+    is_wide = tl.load(facts + WIDE_VECTORS)
     y = vectors + tl.load(facts + Y_PLACE)
     length = tl.full([], 1.0, A)
     if not initial:
-        length = divisor(facts, sums, COLUMN_SUMS, CHUNKS).to(A)
+        length = divisor(facts, sums, slot_of(step - 1), COLUMN_SUMS, CHUNKS).to(A)
 
     products = tl.zeros([R, C], A)
     for begin in range(0, columns, C):
@@ -102,7 +155,7 @@ def read_rows(
         x = tl.load(first[:, None] + offset[None, :], mask=mask, other=0.0).to(A)
         if initial:
             place = in_v(facts, orders, c, exist)
-            v = tl.load(v_given + place * v_stride, mask=exist, other=0.0).to(A)
+            v = load_vector(v_given, place * v_stride, is_wide, exist, T, A)
         else:
             v = divide(tl.load(y + c, mask=exist, other=0.0), length, A)
         products += x * v[None, :]
@@ -111,10 +164,11 @@ def read_rows(
 
     other = t
     if tl.load(facts + UPDATE) == 0:
-        u = as_pointer(addresses + LEFT, T) + r * tl.load(facts + U_STRIDE)
-        other = tl.load(u, mask=there, other=0.0).to(A)
+        place = r * tl.load(facts + U_STRIDE)
+        other = load_vector(tl.load(addresses + LEFT), place, is_wide, there, T, A)
     square = tl.sum(t.to(tl.float64) * other.to(tl.float64), axis=0)
-    tl.store(sums + tl.load(facts + ROW_SUMS) + tile, square)
+    slot = slot_of(step) * tl.load(facts + ROW_TILES)
+    tl.store(sums + tl.load(facts + ROW_SUMS) + slot + tile, square)
 
     # The last half-step of v_first, and the only one without an update, need no shares.
     if step + 1 < tl.load(facts + HALF_STEPS):
@@ -139,14 +193,15 @@ def add_rows(
     """Return ``Mᵀu`` of columns ``c``, with u as it was given."""
     rows = tl.load(facts + ROWS)
     inner = tl.load(facts + INNER)
-    u = as_pointer(addresses + LEFT, T)
+    u = tl.load(addresses + LEFT)
     u_stride = tl.load(facts + U_STRIDE)
+    is_wide = tl.load(facts + WIDE_VECTORS)
     column = as_pointer(addresses + WEIGHT, T) + in_memory(c, rows, inner, False)
     products = tl.zeros([R, C], A)
     for begin in range(0, rows, R):
         r = begin + tl.arange(0, R).to(tl.int64)
         there = r < rows
-        factor = tl.load(u + r * u_stride, mask=there, other=0.0).to(A)
+        factor = load_vector(u, r * u_stride, is_wide, there, T, A)
         mask = there[:, None] & exist[None, :]
         x = tl.load(column[None, :] + (r * inner)[:, None], mask=mask, other=0.0).to(A)
         products += factor[:, None] * x
@@ -154,13 +209,15 @@ def add_rows(
 
 
 @triton.jit
-def add_shares(facts, vectors, sums, c, exist, A: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def add_shares(
+    facts, vectors, sums, slot, c, exist, A: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     """Return ``Mᵀu`` of columns ``c``, from the shares of the tiles of rows."""
     tiles = tl.load(facts + ROW_TILES)
     columns = tl.load(facts + COLUMNS)
     scales = vectors + tl.load(facts + SCALES)
     column = vectors + tl.load(facts + SHARES) + c
-    length = divisor(facts, sums, ROW_SUMS, ROW_TILES)
+    length = divisor(facts, sums, slot, ROW_SUMS, ROW_TILES)
     products = tl.zeros([R, C], A)
     for begin in range(0, tiles, R):
         r = begin + tl.arange(0, R).to(tl.int64)
@@ -184,10 +241,39 @@ def add_columns(
     if step == 0:  # v_first begins
         y = add_rows(facts, addresses, c, exist, T, A, R, C)
     else:
-        y = add_shares(facts, vectors, sums, c, exist, A, R, C)
+        y = add_shares(facts, vectors, sums, slot_of(step - 1), c, exist, A, R, C)
     tl.store(vectors + tl.load(facts + Y_PLACE) + c, y, mask=exist)
     square = tl.sum(y.to(tl.float64) * y.to(tl.float64), axis=0)
-    tl.store(sums + tl.load(facts + COLUMN_SUMS) + chunk, square)
+    slot = slot_of(step) * tl.load(facts + CHUNKS)
+    tl.store(sums + tl.load(facts + COLUMN_SUMS) + slot + chunk, square)
+    if chunk == 0:
+        tl.store(sums + tl.load(facts + MADE), (step // 2 + 1).to(tl.float64))
+
+
+@triton.jit
+def square_of(address, stride, count, is_wide, tile, tiles, T: tl.constexpr, A: tl.constexpr):
+    """Return of so many tiles one's share of ‖u‖² or ‖v‖², as it was given."""
+    square = tl.zeros([128], tl.float64)
+    for begin in range(tl.cast(tile, tl.int64) * 128, count, tiles * 128):
+        i = begin + tl.arange(0, 128)
+        exist = i < count
+        x = load_vector(address, i * stride, is_wide, exist, T, A).to(tl.float64)
+        square += x * x
+    return tl.sum(square, axis=0)
+
+
+@triton.jit
+def add_squares(facts, addresses, sums, tile, T: tl.constexpr, A: tl.constexpr):
+    """A tile's shares of ‖u‖² and ‖v‖², which without an update may be off 1."""
+    tiles = tl.load(facts + ROW_TILES)
+    is_wide = tl.load(facts + WIDE_VECTORS)
+    u_stride, v_stride = tl.load(facts + U_STRIDE), tl.load(facts + V_STRIDE)
+    rows, columns = tl.load(facts + ROWS), tl.load(facts + COLUMNS)
+    u = square_of(tl.load(addresses + LEFT), u_stride, rows, is_wide, tile, tiles, T, A)
+    v = square_of(tl.load(addresses + RIGHT), v_stride, columns, is_wide, tile, tiles, T, A)
+    own = sums + tl.load(facts + ROW_SUMS) + tile
+    tl.store(own + U_SQUARE * tiles, u)
+    tl.store(own + V_SQUARE * tiles, v)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -200,8 +286,17 @@ def half_step_kernel(
     tile = tl.load(tiles + 2 * tl.program_id(0) + 1)
     facts = layers + layer * WIDTH
     addresses = pointers + layer * POINTERS
-    if step < tl.load(facts + HALF_STEPS):
-        is_of_rows = (step + tl.load(facts + V_FIRST)) % 2 == 0
+    is_of_rows = (step + tl.load(facts + V_FIRST)) % 2 == 0
+    if step >= tl.load(facts + HALF_STEPS):
+        pass
+    elif has_converged(facts, sums, step) != 0:
+        if is_of_rows:
+            keep_sum(facts, sums, tile, slot_of(step), ROW_SUMS, ROW_TILES)
+        else:
+            keep_sum(facts, sums, tile, slot_of(step), COLUMN_SUMS, CHUNKS)
+    else:
+        if tl.load(facts + UPDATE) == 0:
+            add_squares(facts, addresses, sums, tile, T, A)
         as_vectors = are_vectors(facts, addresses, 1)
         kind = tl.load(facts + TILE)
         for K in tl.static_range(KINDS):
@@ -218,17 +313,45 @@ def half_step_kernel(
 
 
 @triton.jit
-def find_sigma(facts, sums):
-    """Return σ: ``n·n / max(n, eps)`` of the norm that the last half-step has left, or ⟨u, t⟩."""
+def find_sigma(facts, sums, A: tl.constexpr):
+    """Return σ, and ‖u‖ and ‖v‖ as they were given if these are off 1 by more than rounding, else 1.
+
+    σ is ``n·n / max(n, eps)`` of the norm that the last iteration has ended with. Without an update it is
+    ⟨u, t⟩, over the norms that are off.
+    """
+    u_norm = tl.full([], 1.0, tl.float64)
+    v_norm = tl.full([], 1.0, tl.float64)
     if tl.load(facts + UPDATE) == 0:
-        sigma = total(sums + tl.load(facts + ROW_SUMS), tl.load(facts + ROW_TILES))
-    elif tl.load(facts + V_FIRST) != 0:
-        n = norm(facts, sums, ROW_SUMS, ROW_TILES)
-        sigma = n * n / divisor(facts, sums, ROW_SUMS, ROW_TILES)
+        sigma = total_of(facts, sums, DOT, ROW_SUMS, ROW_TILES)
+        u_square = total_of(facts, sums, U_SQUARE, ROW_SUMS, ROW_TILES)
+        v_square = total_of(facts, sums, V_SQUARE, ROW_SUMS, ROW_TILES)
+        square = u_square * v_square
+        has_norms = (square > 0) & (square < float("inf"))
+        if has_norms & (tl.abs(square - 1.0) > number(facts, SLACK)):
+            sigma /= tl.sqrt(square)
+            u_norm = tl.sqrt(u_square)
+            v_norm = tl.sqrt(v_square)
     else:
-        n = norm(facts, sums, COLUMN_SUMS, CHUNKS)
-        sigma = n * n / divisor(facts, sums, COLUMN_SUMS, CHUNKS)
-    return sigma
+        slot = slot_of(tl.load(facts + HALF_STEPS) - 1)
+        _, square = find_gap(facts, sums, slot)
+        n = tl.sqrt(square)
+        sigma = n * n / at_least(n, number(facts, EPS))
+    return sigma.to(A), u_norm.to(A), v_norm.to(A)
+
+
+@triton.jit
+def write_convergence(facts, sums, convergence, count, A: tl.constexpr):
+    """The residual of the last iteration that was made, NaN if none was asked for; how many were made."""
+    residual = tl.full([], float("nan"), tl.float64)
+    made = tl.full([], 0.0, tl.float64)
+    if tl.load(facts + UPDATE) != 0:
+        made = tl.load(sums + tl.load(facts + MADE))
+        if number(facts, TOL) > 0:
+            gap, after = find_gap(facts, sums, slot_of(tl.load(facts + HALF_STEPS) - 1))
+            residual = tl.where(gap <= 0, 0.0, tl.sqrt(gap / after))
+    place = convergence + tl.load(facts + SIGMA)
+    tl.store(place, residual.to(A))
+    tl.store(place + count, made.to(A))
 
 
 @triton.jit
@@ -237,7 +360,7 @@ def divide_rows(
     T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """``Y = W / σ`` of a tile of rows, or ``Y = W`` where σ is zero."""
+    """``Y = W / (σ/c)`` of a tile of rows, or ``Y = W`` where that is left alone."""
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
@@ -246,7 +369,9 @@ def divide_rows(
     if VECTORS:
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
-    by = tl.where(sigma == 0, 1.0, sigma).to(A)
+    by = tl.where(
+        is_left_alone(facts, sigma), 1.0, sigma.to(tl.float64) / number(facts, TARGET)
+    ).to(A)
     r = tl.cast(tile, tl.int64) * R + tl.arange(0, R)
     there = r < rows
     first = r * inner
@@ -260,7 +385,7 @@ def divide_rows(
 
 @triton.jit
 def write_vectors(
-    facts, addresses, orders, vectors, sums, saved, tile, sigma,
+    facts, addresses, orders, vectors, sums, saved, tile, sigma, u_norm, v_norm,
     T: tl.constexpr, A: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The u of a tile of rows and, of n tiles, every n-th part of v: saved, and into their buffers.
@@ -269,21 +394,27 @@ def write_vectors(
     """
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
+    is_wide = tl.load(facts + WIDE_VECTORS)
     saved_u = saved + tl.load(facts + SAVED)
     keep = (tl.load(facts + UPDATE) == 0) | (sigma == 0)
+    if not keep:
+        slot = slot_of(tl.load(facts + HALF_STEPS) - 1)
+        u_norm = divisor(facts, sums, slot, ROW_SUMS, ROW_TILES).to(A)
+        v_norm = divisor(facts, sums, slot, COLUMN_SUMS, CHUNKS).to(A)
 
     r = tl.cast(tile, tl.int64) * R + tl.arange(0, R)
     there = r < rows
-    buffer = as_pointer(addresses + LEFT, T) + r * tl.load(facts + U_STRIDE)
+    u_buffer = tl.load(addresses + LEFT)
+    u_place = r * tl.load(facts + U_STRIDE)
     if keep:
-        u = tl.load(buffer, mask=there, other=0.0).to(A)
+        u = divide(load_vector(u_buffer, u_place, is_wide, there, T, A), u_norm, A)
     else:
         t = tl.load(vectors + tl.load(facts + T_PLACE) + r, mask=there, other=0.0)
-        u = divide(t, divisor(facts, sums, ROW_SUMS, ROW_TILES).to(A), A)
-        tl.store(buffer, u.to(T), mask=there)
+        u = divide(t, u_norm, A)
+        store_vector(u_buffer, u_place, u, is_wide, there, T, A)
     tl.store(saved_u + r, u, mask=there)
 
-    v_buffer = as_pointer(addresses + RIGHT, T)
+    v_buffer = tl.load(addresses + RIGHT)
     v_stride = tl.load(facts + V_STRIDE)
     y = vectors + tl.load(facts + Y_PLACE)
     for begin in range(tl.cast(tile, tl.int64) * C, columns, tl.load(facts + ROW_TILES) * C):
@@ -291,27 +422,35 @@ def write_vectors(
         exist = c < columns
         place = in_v(facts, orders, c, exist)
         if keep:
-            v = tl.load(v_buffer + place * v_stride, mask=exist, other=0.0).to(A)
+            v = load_vector(v_buffer, place * v_stride, is_wide, exist, T, A)
+            v = divide(v, v_norm, A)
         else:
-            length = divisor(facts, sums, COLUMN_SUMS, CHUNKS).to(A)
-            v = divide(tl.load(y + c, mask=exist, other=0.0), length, A)
-            tl.store(v_buffer + place * v_stride, v.to(T), mask=exist)
+            v = divide(tl.load(y + c, mask=exist, other=0.0), v_norm, A)
+            store_vector(v_buffer, place * v_stride, v, is_wide, exist, T, A)
         tl.store(saved_u + rows + place, v, mask=exist)
 
 
-@triton.jit(do_not_specialize_on_alignment=["saved", "sigmas"])
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["saved", "sigmas", "convergence"],
+)
 def divide_kernel(
-    layers, orders, tiles, pointers, vectors, sums, saved, sigmas,
+    layers, orders, tiles, pointers, vectors, sums, saved, sigmas, convergence, count,
     T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``Y = W / σ`` of all layers, their σ, and u and v as they were when it was taken."""
+    """``Y = W·c / σ`` of all layers, their σ, and u and v as they were when it was taken.
+
+    ``count`` layers of a call tell how far their iterations went; none does if that is 0.
+    """
     layer = tl.load(tiles + 2 * tl.program_id(0))
     tile = tl.load(tiles + 2 * tl.program_id(0) + 1)
     facts = layers + layer * WIDTH
     addresses = pointers + layer * POINTERS
-    sigma = find_sigma(facts, sums).to(A)
+    sigma, u_norm, v_norm = find_sigma(facts, sums, A)
     if tile == 0:
         tl.store(sigmas + tl.load(facts + SIGMA), sigma)
+        if count > 0:
+            write_convergence(facts, sums, convergence, count, A)
     as_vectors = are_vectors(facts, addresses, 2)
     kind = tl.load(facts + TILE)
     for K in tl.static_range(KINDS):
@@ -323,4 +462,4 @@ def divide_kernel(
                 divide_rows(facts, addresses, tile, sigma,
                             T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
             write_vectors(facts, addresses, orders, vectors, sums, saved, tile, sigma,
-                          T, A, TILES[K][0], TILES[K][1])  # fmt: skip
+                          u_norm, v_norm, T, A, TILES[K][0], TILES[K][1])  # fmt: skip

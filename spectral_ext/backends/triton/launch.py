@@ -51,7 +51,9 @@ _captured: list[Tensor] = []
 _interpreter = RLock()
 
 
-def run_forward(layers: Sequence[Layer], saved: Tensor, sigmas: Tensor) -> None:
+def run_forward(
+    layers: Sequence[Layer], saved: Tensor, sigmas: Tensor, convergence: Tensor
+) -> None:
     """Normalize layers of one compute dtype, in a fixed number of launches for each dtype."""
     with _on(saved.device):
         # All memory is there before the first launch.
@@ -70,6 +72,8 @@ def run_forward(layers: Sequence[Layer], saved: Tensor, sigmas: Tensor) -> None:
                 *common,
                 saved,
                 sigmas,
+                convergence,
+                len(convergence) // 2,
                 **group.constants,
             )
 

@@ -13,8 +13,10 @@ from .checks import (
     check_dense,
     check_flat,
     check_memory,
+    check_one_dtype,
     check_same,
     check_settings,
+    check_target,
     check_tensor,
     check_vector,
     checked_dim,
@@ -28,6 +30,11 @@ __all__ = ["backward", "forward_"]
 shape_of = cache(Shape.of)
 
 
+def are_same(weight: Tensor, output: Tensor) -> bool:
+    """Return whether a weight and its output are one tensor: the weight is normalized in place."""
+    return weight.data_ptr() == output.data_ptr() and weight.stride() == output.stride()
+
+
 @torch.no_grad()
 def forward_(
     weights: Sequence[Tensor],
@@ -36,32 +43,39 @@ def forward_(
     outputs: Sequence[Tensor],
     saved: Tensor,
     sigmas: Tensor,
+    convergence: Tensor,
     dims: Sequence[int],
     n_power_iterations: Sequence[int],
     eps: Sequence[float],
     v_first: Sequence[bool],
+    tols: Sequence[float],
+    scales: Sequence[float],
+    soft: Sequence[bool],
     update: bool,
 ) -> None:
     """Normalize all layers; see :data:`spectral_ext.ops.SCHEMAS`."""
     count, device, dtype = len(weights), saved.device, common_dtype(weights)
-    settings = {"n_power_iterations": n_power_iterations, "eps": eps, "v_first": v_first}
-    for name, values in {"us": us, "vs": vs, "outputs": outputs, "dims": dims, **settings}.items():
+    settings = {"dims": dims, "n_power_iterations": n_power_iterations, "eps": eps}
+    settings |= {"v_first": v_first, "tols": tols, "scales": scales, "soft": soft}
+    for name, values in {"us": us, "vs": vs, "outputs": outputs, **settings}.items():
         check_count(values, count, name)
     layers: list[Layer] = []
     overlaps = Overlaps()
     place = 0
     for i, (weight, output, u, v) in enumerate(zip(weights, outputs, us, vs, strict=True)):
         weight_name, output_name = f"the weight of layer {i}", f"the output of layer {i}"
-        overlaps.add(
-            weight, check_tensor(weight, device, dtype, i, "the weight"), weight_name, False
-        )
+        reach = check_tensor(weight, device, dtype, i, "the weight")
+        if not are_same(weight, output):
+            overlaps.add(weight, reach, weight_name, False)
         overlaps.add(output, check_same(output, weight, output_name), output_name, True)
         check_dense(output, i)
-        check_settings(n_power_iterations[i], eps[i], i)
+        check_settings(n_power_iterations[i], eps[i], tols[i], i)
+        check_target(scales[i], i)
         dim = checked_dim(weight, dims[i], i)
         rows, columns = matrix_shape(weight, dim)
         overlaps.add(u, check_vector(u, rows, weight, "u", i), f"u of layer {i}", update)
         overlaps.add(v, check_vector(v, columns, weight, "v", i), f"v of layer {i}", update)
+        check_one_dtype(u, v, i)
         # A weight in another order than its output is copied there first, and normalized in place.
         source = weight if weight.stride() == output.stride() else output
         facts = LayerFacts(
@@ -69,24 +83,31 @@ def forward_(
             place,
             i,
             16 // weight.element_size(),
-            eps[i],
-            u.stride(0),
-            v.stride(0),
-            n_power_iterations[i],
-            v_first[i],
-            update,
+            scales[i],
+            soft[i],
+            eps=eps[i],
+            tol=tols[i],
+            wide_vectors=u.dtype != weight.dtype,
+            u_stride=u.stride(0),
+            v_stride=v.stride(0),
+            n_power_iterations=n_power_iterations[i],
+            v_first=v_first[i],
+            update=update,
         )
         addresses = (source.data_ptr(), output.data_ptr(), u.data_ptr(), v.data_ptr())
         layers.append(Layer(weight.dtype, facts, addresses))
         place += rows + columns
     overlaps.add(saved, check_flat(saved, place, dtype, device, "saved"), "saved", True)
     overlaps.add(sigmas, check_flat(sigmas, count, dtype, device, "sigmas"), "sigmas", True)
+    reported = 2 * count if convergence.numel() > 0 else 0
+    reach = check_flat(convergence, reported, dtype, device, "convergence")
+    overlaps.add(convergence, reach, "convergence", True)
     overlaps.check()
 
     for weight, output in zip(weights, outputs, strict=True):
         if weight.stride() != output.stride():
             output.copy_(weight)
-    run_forward(layers, saved, sigmas)
+    run_forward(layers, saved, sigmas, convergence)
     if update:  # as a stock in-place operation tells autograd
         written = [vector for vector in (*us, *vs) if not vector.is_inference()]
         torch.autograd.graph.increment_version(written)
@@ -100,11 +121,15 @@ def backward(
     saved: Tensor,
     sigmas: Tensor,
     dims: Sequence[int],
+    scales: Sequence[float],
+    soft: Sequence[bool],
+    detach_sigma: Sequence[bool],
     mask: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of the weights for which ``mask`` is true."""
     count, device, dtype = len(outputs), saved.device, common_dtype(outputs)
-    for name, values in {"grad_outputs": grad_outputs, "dims": dims, "mask": mask}.items():
+    settings = {"dims": dims, "scales": scales, "soft": soft, "detach_sigma": detach_sigma}
+    for name, values in {"grad_outputs": grad_outputs, **settings, "mask": mask}.items():
         check_count(values, count, name)
     places = []
     place = 0
@@ -113,6 +138,7 @@ def backward(
         check_dense(output, i)
         places.append(place)
         place += sum(matrix_shape(output, checked_dim(output, dims[i], i)))
+        check_target(scales[i], i)
         if grad is not None:
             check_same(grad, output, f"the gradient of layer {i}")
     check_flat(saved, place, dtype, device, "saved")
@@ -138,6 +164,9 @@ def backward(
             places[i],
             i,
             16 // output.element_size(),
+            scales[i],
+            soft[i],
+            detach_sigma[i],
         )
         addresses = (0 if grad is None else grad.data_ptr(), output.data_ptr(), result.data_ptr())
         layers.append(Layer(output.dtype, facts, addresses))

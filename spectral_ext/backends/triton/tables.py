@@ -44,7 +44,13 @@ FIELDS = (
     "inner",
     "tile",  # which of TILE_SIZES
     "contiguous",  # whether a row is one piece of memory
-    "eps",  # the bits of a float64
+    "eps",  # the bits of a float64, and so are tol, target and slack
+    "tol",  # 0: all iterations are made
+    "target",  # c of W·c/σ
+    "soft",  # whether a weight is left alone whose σ is at most c
+    "detach_sigma",  # whether σ is a constant of the gradient
+    "wide_vectors",  # whether u and v have the dtype to compute in, and not the weight's
+    "slack",  # how far (‖u‖·‖v‖)² of vectors that were given may be off 1 from rounding
     "u_stride",
     "v_stride",
     "order",  # where its columns begin in `orders`; -1: they stand in the order of v
@@ -57,10 +63,11 @@ FIELDS = (
     "y",  # Mᵀ u
     "shares",  # for each tile of rows its share of Mᵀ t
     "scales",  # for each tile of rows what its share is a multiple of
-    "row_sums",  # in the workspace of sums: for each tile of rows its share of ‖t‖², or of ⟨G, Y⟩
+    "row_sums",  # in the workspace of sums, in slots: each tile of rows' share of ‖t‖², or of ⟨G, Y⟩
     "row_tiles",
-    "column_sums",  # for each chunk of columns its share of ‖y‖²
+    "column_sums",  # in slots: each chunk of columns' share of ‖y‖²
     "chunks",
+    "made",  # how many iterations were made
 )
 
 
@@ -111,14 +118,19 @@ class Shape(NamedTuple):
 
 
 class LayerFacts(NamedTuple):
-    """All that a table depends on of one layer; the backward needs only the first four."""
+    """All that a table depends on of one layer; the backward needs only the first seven."""
 
     shape: Shape
     saved: int
     sigma: int
     lanes: int
     """Elements in 16 bytes."""
+    scale: float = 1.0
+    soft: bool = False
+    detach_sigma: bool = False
     eps: float = 1.0
+    tol: float = 0.0
+    wide_vectors: bool = False
     u_stride: int = 1
     v_stride: int = 1
     n_power_iterations: int = 0
@@ -168,7 +180,7 @@ def forward_tables(layers: Sequence[LayerFacts]) -> Tables:
         ):
             row[name] = vectors
             vectors += _aligned(size)
-        for name, size in (("row_sums", row["row_tiles"]), ("column_sums", row["chunks"])):
+        for name, size in _sums_of(row).items():
             row[name] = sums
             sums += size
     # u_first begins with rows, v_first with columns.
@@ -183,6 +195,17 @@ def forward_tables(layers: Sequence[LayerFacts]) -> Tables:
         ]
         turns.append(_tile_table(counts))
     return _tables(layers, rows, tuple(turns), half_steps, vectors, sums)
+
+
+def _sums_of(row: dict[str, int]) -> dict[str, int]:
+    """Return how many sums a layer has in the forward's workspace.
+
+    Norms have a slot for even iterations and one for odd ones: what an iteration looks at is not what
+    it writes. Without an update the slots are those of uᵀt, ‖u‖² and ‖v‖².
+    """
+    if not row["update"]:
+        return {"row_sums": 3 * row["row_tiles"]}
+    return {"row_sums": 2 * row["row_tiles"], "column_sums": 2 * row["chunks"], "made": 1}
 
 
 def backward_tables(layers: Sequence[LayerFacts]) -> Tables:
@@ -211,6 +234,12 @@ class _Row(dict[str, int]):
             tile=tile,
             contiguous=outer == 1 and inner % layer.lanes == 0 and columns < 2**30,
             eps=_bits(layer.eps),
+            tol=_bits(layer.tol),
+            target=_bits(layer.scale),
+            soft=layer.soft,
+            detach_sigma=layer.detach_sigma,
+            wide_vectors=layer.wide_vectors,
+            slack=_bits(2**-5 if layer.lanes == 8 and not layer.wide_vectors else 1e-4),
             u_stride=layer.u_stride,
             v_stride=layer.v_stride,
             saved=layer.saved,
@@ -259,7 +288,7 @@ def _tile_table(counts: Sequence[int]) -> Tensor:
 
 
 def _bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<d", value), "little")  # positive, so below 2^63
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
 
 
 def _aligned(size: int) -> int:

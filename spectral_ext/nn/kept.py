@@ -1,0 +1,91 @@
+"""What a group keeps from one forward to the next, for ``update="step"`` and ``"manual"``.
+
+The weights are computed again when one of them, or of the vectors, has changed. In-place operations
+count up a tensor's version, and a new memory shows by its address. Optimizers may do neither: fused
+ones, and those that write to ``.data``. A hook that torch calls after every step of any optimizer tells
+the groups which parameters it has.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .active import Part
+from .plan import Plan, UnitTensors
+
+if TYPE_CHECKING:
+    from .group import SpectralGroup
+
+__all__ = ["Kept", "Update", "watch_optimizers"]
+
+Update = Literal["forward", "step", "manual"]
+
+
+class Kept:
+    """A computation of all units without gradient.
+
+    Args:
+        plan, tensors: what was computed.
+        updated: for each unit whether ``u`` and ``v`` were advanced.
+        parts: the results.
+    """
+
+    def __init__(
+        self, plan: Plan, tensors: UnitTensors, updated: list[bool], parts: list[Part]
+    ) -> None:
+        self.parts = parts
+        self._plan, self._updated = plan, updated
+        self._state = _state_of(tensors)
+        self._attachable = {
+            part[i]
+            for results, part in parts
+            for _, members in results.computations
+            for i in members
+        }
+
+    def serves(self, plan: Plan, tensors: UnitTensors, wanted: list[bool]) -> bool:
+        """Return whether nothing has changed, and all that want an update have had it."""
+        return (
+            plan is self._plan
+            and self._state is not None
+            and _state_of(tensors) == self._state
+            and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))
+        )
+
+    def can_attach(self, place: int) -> bool:
+        """Return whether a unit can get a graph node without being computed again."""
+        return place in self._attachable
+
+
+def _state_of(tensors: UnitTensors) -> list[tuple[int, int]] | None:
+    """Return what shows a change of the tensors; None where nothing would."""
+    state = []
+    for column in tensors:
+        for tensor in column:
+            if isinstance(tensor, Tensor):
+                if tensor.is_inference():  # has no version
+                    return None
+                state.append((tensor._version, tensor.data_ptr()))
+    return state
+
+
+_groups: "weakref.WeakSet[SpectralGroup]" = weakref.WeakSet()
+_handle: Any = None
+
+
+def watch_optimizers(group: "SpectralGroup") -> None:
+    """Tell a group of all steps of optimizers from now on."""
+    global _handle
+    _groups.add(group)
+    if _handle is None:
+        _handle = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _groups:
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for group in list(_groups):
+            group.stepped(parameters)

@@ -1,0 +1,81 @@
+"""What is set for each layer, as its user gives it and as the operators take it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .reference import Order
+from .validation import check_blocks, check_settings, check_target
+
+__all__ = ["LayerSettings", "Settings"]
+
+
+class LayerSettings(NamedTuple):
+    """The settings of one layer, as its user gives them; see ``functional.spectral_normalize``."""
+
+    dim: int = 0
+    n_power_iterations: int = 1
+    eps: float = 1e-12
+    order: Order = "u_first"
+    tol: float = 0.0
+    scale: float = 1.0
+    bound: float | None = None
+    detach_sigma: bool = False
+    blocks: int = 1
+
+    def check(self, name: str) -> None:
+        """Raise TypeError or ValueError, naming the layer, unless the settings make sense."""
+        check_settings(name, self.n_power_iterations, self.eps, self.order)
+        check_target(name, self.scale, self.bound, self.detach_sigma, self.tol)
+        check_blocks(name, self.blocks)
+
+
+class Settings(NamedTuple):
+    """The settings of all layers of a call, a list for each kind as the operators take them."""
+
+    dims: list[int]
+    n_power_iterations: list[int]
+    eps: list[float]
+    v_first: list[bool]
+    tols: list[float]
+    scales: list[float]
+    soft: list[bool]
+    detach_sigma: list[bool]
+    blocks: list[int]
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerSettings]) -> "Settings":
+        """Return the settings of several layers as lists."""
+        return cls(
+            [layer.dim for layer in layers],
+            [layer.n_power_iterations for layer in layers],
+            [layer.eps for layer in layers],
+            [layer.order == "v_first" for layer in layers],
+            [layer.tol for layer in layers],
+            [layer.scale if layer.bound is None else layer.bound for layer in layers],
+            [layer.bound is not None for layer in layers],
+            [layer.detach_sigma for layer in layers],
+            [layer.blocks for layer in layers],
+        )
+
+    def select(self, indices: Sequence[int]) -> "Settings":
+        """Return the settings of some of the layers."""
+        columns: tuple[list[Any], ...] = tuple([column[i] for i in indices] for column in self)
+        return Settings(*columns)
+
+    def of_forward(self, update: bool) -> tuple[Any, ...]:
+        """Return what ``forward_`` takes."""
+        return (
+            self.dims,
+            self.n_power_iterations,
+            self.eps,
+            self.v_first,
+            self.tols,
+            self.scales,
+            self.soft,
+            update,
+        )
+
+    @property
+    def of_node(self) -> tuple[Any, ...]:
+        """What ``attach`` takes, and ``backward`` up to ``mask``."""
+        return self.dims, self.scales, self.soft, self.detach_sigma
