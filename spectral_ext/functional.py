@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .autograd import Computation, attach, compute
 from .backends import Backend, select
-from .layout import allocate_vectors, compute_dtype
+from .layout import allocate_vectors, compute_dtype, matrix_shape
 from .reference import Order
 from .settings import LayerSettings, Settings
 from .validation import (
@@ -435,7 +435,23 @@ def _normalize_blocks(
     if len(convergence):
         rows = convergence.view(2, -1)
         convergence = torch.cat([_largest(row, blocks) for row in rows])
-    return Results(joined, _largest(results.sigmas, blocks), [], convergence)
+    sizes = [matrix_shape(weight, dim) for weight, dim in zip(of_weights, each.dims, strict=True)]
+    saved = _saved_of_blocks(results, sizes, owner, len(blocks))
+    return Results(joined, _largest(results.sigmas, blocks), [], convergence, saved)
+
+
+def _saved_of_blocks(
+    results: Results, sizes: list[tuple[int, int]], owner: list[int], count: int
+) -> list[tuple[Tensor, Sequence[int]]]:
+    """Return the saved vectors of each weight: ``u`` of all its blocks, and then ``v``."""
+    us: list[list[Tensor]] = [[] for _ in range(count)]
+    vs: list[list[Tensor]] = [[] for _ in range(count)]
+    for saved, members in results.saved:
+        vectors = saved.split([size for i in members for size in sizes[i]])
+        for place, i in enumerate(members):
+            us[owner[i]].append(vectors[2 * place])
+            vs[owner[i]].append(vectors[2 * place + 1])
+    return [(torch.cat(us[i] + vs[i]), [i]) for i in range(count) if us[i]]
 
 
 def _runs(values: list[Tensor], counts: list[int]) -> list[list[Tensor]]:

@@ -89,8 +89,8 @@ def target(layer: Layer, sigma: Tensor) -> Tensor:
 def iterate(layer: Layer) -> tuple[int, float]:
     """Count the steps that a layer makes by its definition, with vectors; and the last residual.
 
-    Stock makes a step from the ``v`` (v_first: the ``u``) that it has to the next pair. The old vector and the
-    new one of the other side miss being singular vectors by ``‖Mᵀu − ‖Mv‖v‖`` (v_first: ``‖Mv − ‖Mᵀu‖u‖``).
+    Stock makes a step from the ``v`` (v_first: the ``u``) that it has to the next pair. The old vector
+    and the new one of the other side miss being a pair by ``‖Mᵀu − ‖Mv‖v‖`` (v_first: ``‖Mv − ‖Mᵀu‖u‖``).
     """
     matrix = layer.weight.movedim(layer.dim, 0).reshape(layer.u.numel(), layer.v.numel())
     one = replace(layer.plain(), n_power_iterations=1)

@@ -360,7 +360,7 @@ class SpectralGroup:
 
     def _remember(self, plan: Plan, parts: list[Part]) -> None:
         """Note the vectors of a forward in training, for checkpointed blocks of it."""
-        if any(plan.training()):
+        if any(plan.training()) and not torch._C._are_functorch_transforms_active():
             saved = [
                 (vectors, [part[i] for i in members])
                 for results, part in parts

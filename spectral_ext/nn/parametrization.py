@@ -50,6 +50,7 @@ GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
+_NOT_COPIED = (*IN_GROUP, "_history", "_start_from")
 _SETTINGS = {*LayerSettings._fields, "backend"}
 
 
@@ -238,7 +239,7 @@ class SpectralNorm(StockSpectralNorm):
         except Exception:
             self.check(weight)
             raise
-        if remember and results.saved and self.blocks == 1:
+        if remember and results.saved and not torch._C._are_functorch_transforms_active():
             history = self._history or History()
             self.__dict__["_history"] = history
             history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
@@ -288,7 +289,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
-        return {k: v for k, v in self.__dict__.items() if k not in (*IN_GROUP, "_history")}
+        return {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

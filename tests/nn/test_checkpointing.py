@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from nets import OURS, STOCK, Net, assert_same_state, inputs, make
+from nets import OURS, STOCK, Net, assert_close, assert_same_state, inputs, make
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ext
@@ -64,3 +65,29 @@ def test_with_weights_that_are_kept(reentrant, backend):
     for loss in [net(inputs()).square().sum() for _ in range(2)]:
         loss.backward()
     assert_same_state(net, plain)
+
+
+def test_blocks_and_gains_are_recomputed_with_their_own_vectors(backend):
+    """Beside a plain layer, in one group; the backward of the first forward comes last."""
+    nets = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        settings = ({"blocks": 2, "bound": 0.2}, {}, {"gain": "one"})
+        layers = [nn.Linear(6, 6, dtype=torch.float64) for _ in settings]
+        pairs = zip(layers, settings, strict=True)
+        net = nn.Sequential(*(spectral_ext.spectral_norm(x, **s) for x, s in pairs))
+        group = spectral_ext.fuse(net, backend=backend)
+        xs = [torch.randn(3, 6, dtype=torch.float64) for _ in range(2)]
+        losses = []
+        for x in xs:
+            with group.normalized():
+                run = nn.Sequential.forward.__get__(net)
+                y = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+            losses.append(y.square().sum())
+        losses[1].backward()
+        losses[0].backward()
+        nets.append(net)
+    for found, expected in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        assert_close(found.grad, expected.grad)
+    for found, expected in zip(nets[1].buffers(), nets[0].buffers(), strict=True):
+        assert torch.equal(found, expected)

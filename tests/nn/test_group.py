@@ -10,7 +10,6 @@ from nets import (
     NORMS,
     OURS,
     STOCK,
-    Net,
     access,
     assert_close,
     assert_same_state,

@@ -161,7 +161,7 @@ def test_iterations_and_residuals(backend):
 def test_svd_start_is_exact():
     layer = spectral_norm(nn.Conv2d(3, 8, 3), init="svd")
     norm, original = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-    u, sigmas, v = torch.linalg.svd(original.detach().flatten(1), full_matrices=False)
+    u, _, v = torch.linalg.svd(original.detach().flatten(1), full_matrices=False)
     torch.testing.assert_close(norm._u.outer(norm._v), u[:, 0].outer(v[0]), rtol=1e-4, atol=1e-5)
 
 
