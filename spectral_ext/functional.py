@@ -335,7 +335,7 @@ class PreparedCall:
             does not fit, or only not together with the others. Nothing was written.
     """
 
-    __slots__ = ("_backend", "_run", "_settings", "_weights")
+    __slots__ = ("_backend", "_members", "_run", "_settings", "_weights")
 
     def __init__(
         self,
@@ -347,13 +347,14 @@ class PreparedCall:
     ) -> None:
         assert backend.prepare is not None
         self._weights, self._settings, self._backend = weights, settings, backend
+        self._members = range(len(weights))
         self._run = backend.prepare(weights, us, vs, *settings[:-1])  # there are no blocks
 
     def __call__(self, update: bool, bucket_bytes: int | None) -> Results:
         """Normalize all layers."""
         attached = bucket_bytes is None and torch.is_grad_enabled()
         outputs, saved, sigmas, convergence = self._run(update, attached)
-        members = range(len(outputs))
+        members = self._members
         vectors: list[tuple[Tensor, Sequence[int]]] = [(saved, members)]
         if attached:
             return Results(outputs, sigmas, [], convergence, vectors)

@@ -1,5 +1,6 @@
 """The demo runs and writes its report and pictures."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 def test_demo(tmp_path):
     run = subprocess.run(
         [sys.executable, str(DEMO), "--steps", "3", "--out", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside it
         capture_output=True,
         text=True,
     )

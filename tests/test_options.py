@@ -142,6 +142,10 @@ def test_non_finite_weights_propagate(backend, options):
 def test_gradcheck(backend, order, batched):
     """First and second derivatives, by outputs and by σ; constants of the forward stay constants."""
     shapes = [((3, 4), 0), ((2, 3, 2), 1), ((1, 5), 0), ((4, 1), 0)]
+    if (
+        backend == "triton"
+    ):  # is interpreted: the smallest of the four targets that a gradient knows
+        shapes = [((2, 2), 0), ((2, 1), 0), ((2, 2), 1), ((1, 2), 0)]
     layers = mixed(torch.float64, order, shapes)
     weights = [layer.weight.requires_grad_() for layer in layers]
 

@@ -152,7 +152,7 @@ def test_sdist_has_all_that_building_and_testing_takes(sdist):
             name.split("/", 1)[1] for name in archive.getnames() if archive.getmember(name).isfile()
         }
     names = {name for name in names if ".egg-info/" not in name}
-    folders = ("spectral_ext", "csrc", "tests", "bench", "examples")
+    folders = ("spectral_ext", "csrc", "tests", "bench", "docs", "examples")
     assert names == files_of(*folders) | top | generated
 
 

@@ -190,13 +190,23 @@ class Forward {
 
   /// Σu² of a block of rows, and Σv².
   void measure_vectors(int64_t block, int64_t begin, int64_t end) {
-    double total = 0;
-    for (int64_t r = begin; r < end; ++r) total += square(u_at(r));
-    blocks(1)[block] = total;
+    blocks(1)[block] = square_of(layer_.u, layer_.u_stride, begin, end);
     if (block > 0) return;
-    total = 0;
-    for (int64_t c = 0; c < layer_.shape.columns(); ++c) total += square(v_at(c));
-    chunks(1)[0] = total;
+    std::fill_n(chunks(1), cut_.chunks, 0.0);
+    chunks(1)[0] = square_of(layer_.v, layer_.v_stride, 0, layer_.shape.columns());
+  }
+
+  double square_of(const void* vector, int64_t stride, int64_t begin, int64_t end) const {
+    if (std::is_same_v<T, A> && stride == 1) {
+      const T* x = static_cast<const T*>(vector) + begin;
+      return kernels_.dot(x, x, end - begin);
+    }
+    double total = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const double x = read_vector(vector, i * stride);
+      total += x * x;
+    }
+    return total;
   }
 
   /// Adds the blocks' partial sums of some columns and makes them y = Mᵀu.
@@ -241,8 +251,6 @@ class Forward {
   }
   static int64_t slot(int64_t iteration) { return iteration & 1; }
   static void keep(double* to, const double* from, int64_t i) { to[i] = from[i]; }
-  static double square(double x) { return x * x; }
-
   double square_of_t(int64_t iteration) const { return sum(blocks(iteration), cut_.blocks); }
   double square_of_y(int64_t iteration) const { return sum(chunks(iteration), cut_.chunks); }
   double norm_of_t(int64_t iteration) const { return std::sqrt(square_of_t(iteration)); }
@@ -276,7 +284,7 @@ class Forward {
 
   /// ‖u‖·‖v‖ in evaluation; 1 if only rounding keeps it from that.
   double norm_of_vectors() const {
-    const double square = square_of_t(1) * chunks(1)[0];
+    const double square = square_of_t(1) * square_of_y(1);
     const double slack = slack_of_vectors(layer_.dtype, layer_.wide_vectors);
     const bool off = std::fabs(square - 1) > slack && square > 0 && std::isfinite(square);
     return off ? std::sqrt(square) : 1;
@@ -316,11 +324,12 @@ class Forward {
     A *u_saved = static_cast<A*>(layer_.u_saved), *v_saved = static_cast<A*>(layer_.v_saved);
     *static_cast<A*>(layer_.sigma) = sigma;
     if (!update_ || sigma == 0) {  // the vectors stay; a σ of zero has none
-      const bool off = !update_ && norm_of_vectors() != 1;
-      const A u_norm = static_cast<A>(off ? norm_of_u() : 1);
-      const A v_norm = static_cast<A>(off ? std::sqrt(chunks(1)[0]) : 1);
-      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r) / u_norm;
-      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c) / v_norm;
+      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r);
+      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c);
+      if (update_ || norm_of_vectors() == 1) return;
+      const A u_norm = static_cast<A>(norm_of_t(1)), v_norm = static_cast<A>(norm_of_y(1));
+      for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] /= u_norm;
+      for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] /= v_norm;
       return;
     }
     const int64_t last = last_iteration();
@@ -335,8 +344,6 @@ class Forward {
       write_vector(layer_.v, place * layer_.v_stride, v_saved[place]);
     });
   }
-
-  double norm_of_u() const { return norm_of_t(1); }  // in evaluation
 
   bool vectors_are_wide() const { return std::is_same_v<T, A> || layer_.wide_vectors; }
 

@@ -299,15 +299,17 @@ class SpectralGroup:
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
         plan, tensors = self._gather()
-        if self.update != "forward" and not torch._C._are_functorch_transforms_active():
-            normalized, parts = self._keep(plan, tensors)
-            normalized = plan.with_gains(normalized)
-        elif (results := self._normalize_at_once(plan)) is not None:
-            parts = [(results, range(len(results.normalized)))]
-            normalized = plan.with_gains([*results.normalized])
+        training = plan.training()
+        results = self._normalize_at_once(plan, training) if self.update == "forward" else None
+        if results is not None:
+            parts: list[Part] = [(results, range(len(training)))]
+            normalized: list[Any] = results.normalized
+            if plan.has_gains:
+                normalized = plan.with_gains(normalized)
+            if training[0]:
+                self.history.add(plan.index, results.saved, plan.sizes)
         else:
-            normalized, parts = self._normalize_at_length(plan, tensors)
-        self._remember(plan, parts)
+            normalized, parts = self._normalize_at_length(plan, tensors, training)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
@@ -320,9 +322,11 @@ class SpectralGroup:
         settings = plan.settings.select([place])
         return normalize_layers(weights, us, vs, settings, False, self.backend).normalized[0]
 
-    def _keep(self, plan: Plan, tensors: UnitTensors) -> tuple[list[Tensor | None], list[Part]]:
+    def _keep(
+        self, plan: Plan, tensors: UnitTensors, training: list[bool]
+    ) -> tuple[list[Tensor | None], list[Part]]:
         """Take what was computed since the weights last changed, or compute it; attach it anew."""
-        wanted = [mode and self.update == "step" for mode in plan.training()]
+        wanted = [mode and self.update == "step" for mode in training]
         kept = self._kept
         if kept is None or not kept.serves(plan, tensors, wanted):
             with torch.no_grad():
@@ -343,30 +347,32 @@ class SpectralGroup:
         return normalized, kept.parts
 
     def _normalize_at_length(
-        self, plan: Plan, tensors: UnitTensors
+        self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
-        """Compute all units, in as many calls as it takes."""
-        normalized: list[Tensor | None] = [None] * len(tensors.weights)
-        places = list(range(len(normalized)))
-        if parametrize._cache_enabled:
-            places = take_from_cache(plan, normalized)
-        parts = self._normalize(plan, tensors, places, plan.training())
-        for results, part in parts:
-            for place, weight in zip(part, results.normalized, strict=True):
-                normalized[place] = plan.with_gain(place, weight)
-        if parametrize._cache_enabled:
-            put_into_cache(plan, normalized)
-        return normalized, parts
-
-    def _remember(self, plan: Plan, parts: list[Part]) -> None:
-        """Note the vectors of a forward in training, for checkpointed blocks of it."""
-        if any(plan.training()) and not torch._C._are_functorch_transforms_active():
+        """Compute all units, in as many calls as it takes, or take what was kept."""
+        is_transformed = torch._C._are_functorch_transforms_active()
+        if self.update != "forward" and not is_transformed:
+            normalized, parts = self._keep(plan, tensors, training)
+            normalized = plan.with_gains(normalized)
+        else:
+            normalized = [None] * len(training)
+            places = list(range(len(training)))
+            if parametrize._cache_enabled:
+                places = take_from_cache(plan, normalized)
+            parts = self._normalize(plan, tensors, places, training)
+            for results, part in parts:
+                for place, weight in zip(part, results.normalized, strict=True):
+                    normalized[place] = plan.with_gain(place, weight)
+            if parametrize._cache_enabled:
+                put_into_cache(plan, normalized)
+        if any(training) and not is_transformed:
             saved = [
                 (vectors, [part[i] for i in members])
                 for results, part in parts
                 for vectors, members in results.saved
             ]
             self.history.add(plan.index, saved, plan.sizes)
+        return normalized, parts
 
     def trace(self) -> Record:
         """Compute all layers while ``torch.compile`` traces."""
@@ -393,9 +399,8 @@ class SpectralGroup:
             self._convergence = []
         return plan, tensors
 
-    def _normalize_at_once(self, plan: Plan) -> Results | None:
+    def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
         """Compute all units in the shortest way; None, and nothing done, where that is not open."""
-        training = plan.training()
         if (
             not training
             or training.count(training[0]) < len(training)
@@ -410,24 +415,24 @@ class SpectralGroup:
             results = call(training[0], self._bucket_bytes)
         except (TypeError, ValueError):  # the long way knows more, or says which layer it is
             return None
-        self._note(plan, [(results, range(len(training)))], training)
+        sigmas = results.sigmas
+        self._unit_sigmas = sigmas.detach() if sigmas.requires_grad else sigmas
+        part = range(len(training))
+        self._convergence = [(results.convergence, part, training[0])]
+        if self.check_finite:
+            self._note_not_finite([(results, part)], len(training))
         return results
 
-    def _note(self, plan: Plan, parts: list[Part], update: list[bool]) -> None:
-        """Note what a computation says of the units, without waiting for the device."""
-        self._unit_sigmas = _join_sigmas(parts, len(update))
-        self._convergence = [
-            (results.convergence, part, update[part[0]]) for results, part in parts if len(part)
-        ]
-        if self.check_finite:
-            for results, part in parts:
-                bad = ~results.sigmas.detach().isfinite()
-                if len(part) < len(update):
-                    of_part = torch.zeros(len(update), dtype=torch.bool, device=bad.device)
-                    of_part[list(part)] = bad
-                    bad = of_part
-                before = self._not_finite
-                self._not_finite = bad if before is None else before | bad.to(before.device)
+    def _note_not_finite(self, parts: list[Part], count: int) -> None:
+        """Note which units have no finite σ, without waiting for the device."""
+        for results, part in parts:
+            bad = ~results.sigmas.detach().isfinite()
+            if len(part) < count:
+                of_part = torch.zeros(count, dtype=torch.bool, device=bad.device)
+                of_part[list(part)] = bad
+                bad = of_part
+            before = self._not_finite
+            self._not_finite = bad if before is None else before | bad.to(before.device)
 
     @property
     def _bucket_bytes(self) -> int | None:
@@ -453,7 +458,12 @@ class SpectralGroup:
                 plan.check()  # names the layer, if it is one that does not fit
                 raise
             parts.append((results, part))
-        self._note(plan, parts, updates)
+        self._unit_sigmas = _join_sigmas(parts, len(updates))
+        self._convergence = [
+            (results.convergence, part, updates[part[0]]) for results, part in parts
+        ]
+        if self.check_finite:
+            self._note_not_finite(parts, len(updates))
         return parts
 
     def __repr__(self) -> str:
