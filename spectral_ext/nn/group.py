@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from .. import backends
 from ..functional import Results, normalize_layers
-from .active import Part, Record, Visible, active
+from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
 from .history import History
@@ -298,6 +298,15 @@ class SpectralGroup:
 
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
+        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
+            with hidden_saves():
+                return self._compute_again()
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            return self._compute()
+        with hidden_saves():  # a checkpoint, perhaps: what it counts must be as above
+            return self._compute()
+
+    def _compute(self) -> Record:
         plan, tensors = self._gather()
         training = plan.training()
         results = self._normalize_at_once(plan, training) if self.update == "forward" else None
@@ -315,6 +324,21 @@ class SpectralGroup:
             return self._recompute(plan, tensors, place)
 
         return Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+
+    def _compute_again(self) -> Record:
+        """Compute as the forward did that is now computed again for its backward."""
+        plan, tensors = self._gather()
+        weights, us, vs = tensors
+        entry = self.history.find() if any(plan.training()) else None
+        if entry is not None:
+            pairs = [entry.vectors_at(place) for place in range(len(weights))]
+            us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
+            vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
+        results = normalize_layers(
+            weights, us, vs, plan.settings, False, self.backend, self._bucket_bytes
+        )
+        normalized = plan.with_gains([*results.normalized])
+        return Record(plan.index, weights, normalized, [], None)
 
     def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
         """Compute one unit again, without update, as autograd sees it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["Entry", "History"]
 
 # Forwards that wait for their backward. Each holds the vectors of its layers, which are small.
-_LENGTH = 16
+_LENGTH = 8
 
 
 class Entry(NamedTuple):
@@ -32,7 +32,10 @@ class Entry(NamedTuple):
 
     def vectors(self, parametrization: int) -> tuple[Tensor, Tensor] | None:
         """Return ``u`` and ``v`` of a layer; None if they were not kept."""
-        place = self.places.get(parametrization, -1)
+        return self.vectors_at(self.places.get(parametrization, -1))
+
+    def vectors_at(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """Return the same by the place of the layer."""
         for saved, members in self.saved:
             if place in members:
                 before = [self.sizes[i] for i in members[: members.index(place)]]

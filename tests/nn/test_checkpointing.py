@@ -91,3 +91,20 @@ def test_blocks_and_gains_are_recomputed_with_their_own_vectors(backend):
         assert_close(found.grad, expected.grad)
     for found, expected in zip(nets[1].buffers(), nets[0].buffers(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_the_whole_model_in_a_checkpoint(reentrant, update, backend):
+    plain, net = make(STOCK["u_first"]), make(STOCK["u_first"])
+    spectral_ext.fuse(net, backend=backend, update=update)
+    for model in (plain, net):
+        xs = [inputs(i).requires_grad_() for i in range(2)]
+        if model is plain and update == "step":
+            model(xs[0])
+            model.eval()
+        run = model if model is plain else lambda x: checkpoint(net, x, use_reentrant=reentrant)
+        losses = [run(x).square().sum() for x in xs]
+        losses[1].backward()
+        losses[0].backward()
+    assert_same_state(net, plain)
