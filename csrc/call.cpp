@@ -52,7 +52,14 @@ class Call : public torch::CustomClassHolder {
         scales_(std::move(scales)),
         soft_(std::move(soft)),
         detach_sigma_(std::move(detach_sigma)),
-        reports_(std::any_of(tols_.begin(), tols_.end(), [](double tol) { return tol > 0; })) {}
+        reports_(std::any_of(tols_.begin(), tols_.end(), [](double tol) { return tol > 0; })) {
+    auto options = at::TensorOptions().dtype(at::kFloat);
+    if (!weights_.empty()) {
+      const bool is_double = weights_[0].scalar_type() == at::kDouble;
+      options = options.device(weights_[0].device()).dtype(is_double ? at::kDouble : at::kFloat);
+    }
+    no_report_ = at::empty({0}, options);
+  }
 
   /// The results of allocate and forward_: outputs, saved vectors, σ, and how far the iterations
   /// went (empty where no layer has a tolerance). With `attached` the outputs and σ are functions
@@ -65,8 +72,10 @@ class Call : public torch::CustomClassHolder {
     {
       const at::AutoDispatchBelowAutograd guard;
       std::tie(outputs, saved, sigmas) = allocate.call(weights_, dims_);
-      const int64_t reported = reports_ ? 2 * static_cast<int64_t>(weights_.size()) : 0;
-      convergence = at::empty({reported}, sigmas.options());
+      convergence = no_report_;
+      if (reports_) {
+        convergence = at::empty({2 * static_cast<int64_t>(weights_.size())}, sigmas.options());
+      }
       forward.call(weights_, us_, vs_, outputs, saved, sigmas, convergence, dims_,
                    n_power_iterations_, eps_, v_first_, tols_, scales_, soft_, update);
     }
@@ -85,6 +94,7 @@ class Call : public torch::CustomClassHolder {
   const std::vector<double> tols_, scales_;
   const c10::List<bool> soft_, detach_sigma_;
   const bool reports_;
+  Tensor no_report_;  // what a call without a tolerance is given: never written
 };
 
 }  // namespace
