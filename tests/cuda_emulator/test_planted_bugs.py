@@ -172,8 +172,8 @@ BUGS = [
     Bug(
         "uninitialised partial sums",
         "schedule.cuh",
-        "if (thread_index() == 0) layer.block_sums()",
-        "if (thread_index() == 0 && piece.index > 0) layer.block_sums()",
+        "if (thread_index() == 0) layer.block_sums(piece.iteration)",
+        "if (thread_index() == 0 && piece.index > 0) layer.block_sums(piece.iteration)",
         NUMBERS,
     ),
     Bug(
