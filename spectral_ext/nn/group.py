@@ -298,15 +298,14 @@ class SpectralGroup:
 
     def compute(self) -> Record:
         """Compute all layers and return the record of it, not yet in force."""
-        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
-            with hidden_saves():
-                return self._compute_again()
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             return self._compute()
-        with hidden_saves():  # a checkpoint, perhaps: what it counts must be as above
+        with hidden_saves():  # a checkpoint, perhaps: forward and recomputation must save as much
             return self._compute()
 
     def _compute(self) -> Record:
+        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
+            return self._compute_again()
         plan, tensors = self._gather()
         training = plan.training()
         results = self._normalize_at_once(plan, training) if self.update == "forward" else None

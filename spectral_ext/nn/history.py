@@ -7,7 +7,7 @@ the block that is computed again belongs to the last forward that began before t
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class History:
     """The last forwards of a layer or of a group."""
 
     def __init__(self) -> None:
-        self._entries: deque[Entry] = deque(maxlen=_LENGTH)
+        self._entries: deque[tuple[Any, ...]] = deque(maxlen=_LENGTH)
 
     def add(
         self,
@@ -61,13 +61,13 @@ class History:
         number = torch._C._autograd._get_sequence_nr()
         if not torch.is_grad_enabled():
             number -= 1  # of a reentrant checkpoint, whose node is made before its block runs
-        self._entries.append(Entry(number, places, saved, sizes))
+        self._entries.append((number, places, saved, sizes))  # a plain tuple: in every forward
 
     def find(self) -> Entry | None:
         """Return the forward that the node in work belongs to."""
         node = torch._C._current_autograd_node()
         number = None if node is None else node._sequence_nr()
         for entry in reversed(self._entries):
-            if number is None or entry.number <= number:
-                return entry
+            if number is None or entry[0] <= number:
+                return Entry(*entry)
         return None
