@@ -144,8 +144,10 @@ class SpectralGroup:
     def iterate(self) -> None:
         """Make the power iterations of one training forward now, for ``update="manual"``."""
         plan, tensors = self._gather()
-        places = list(range(len(tensors.weights)))
-        self._normalize(plan, tensors, places, [True] * len(places))
+        updates = [True] * len(tensors.weights)
+        parts = self._normalize(plan, tensors, list(range(len(updates))), updates)
+        if self.update != "forward":
+            self._kept = Kept(plan, tensors, updates, parts)
 
     @torch.no_grad()
     def warm_start(self, n_power_iterations: int = 15) -> None:

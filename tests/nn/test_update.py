@@ -182,6 +182,14 @@ def test_by_hand(backend):
     assert_same_state(net, stock)
 
 
+@pytest.mark.parametrize("update", ["manual", "step"])
+def test_a_forward_takes_what_iterate_has_computed(backend, monkeypatch, update):
+    net, group = fused(backend, update)
+    group.iterate()
+    monkeypatch.setattr(group, "_normalize", lambda *_: pytest.fail("it was computed again"))
+    net(inputs())
+
+
 def test_second_derivatives(backend):
     net, _ = fused(backend)
     stock = reference_with_one_update(net)
