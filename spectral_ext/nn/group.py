@@ -319,7 +319,7 @@ class SpectralGroup:
             if training[0]:
                 self.history.add(plan.index, results.saved, plan.sizes)
         else:
-            normalized, parts = self._normalize_at_length(plan, tensors, training)
+            normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
@@ -371,10 +371,10 @@ class SpectralGroup:
                     normalized[place] = self._recompute(plan, tensors, place)
         return normalized, kept.parts
 
-    def _normalize_at_length(
+    def _take_kept_or_normalize(
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
-        """Compute all units, in as many calls as it takes, or take what was kept."""
+        """Take what was kept, if the group keeps; else compute all units in as many calls as it takes."""
         is_transformed = torch._C._are_functorch_transforms_active()
         if self.update != "forward" and not is_transformed:
             normalized, parts = self._keep(plan, tensors, training)
