@@ -379,7 +379,7 @@ def test_layers_of_several_dtypes_and_modes(backend):
     assert sigmas.dtype == torch.float64
     for layer, sigma in zip(net, sigmas, strict=True):
         norm, list_ = layer.parametrizations.weight[0], layer.parametrizations.weight
-        found = torch.vdot(norm._u, list_.original @ norm._v).real
+        found = torch.vdot(norm._u, list_.original.to(norm._u.dtype) @ norm._v).real
         assert_close(sigma.to(found.dtype), found, rtol=2e-2)
 
 
