@@ -27,10 +27,14 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 KERNELS = {
     "half_step": ("forward_kernels", "half_step_kernel", {}),
     "divide": ("forward_kernels", "divide_kernel", {}),
+    "divide_narrow": ("forward_kernels", "divide_kernel", {}),
     "dot": ("backward_kernels", "dot_kernel", {}),
     "gradient": ("backward_kernels", "gradient_kernel", {"HAS_GRAD_SIGMAS": False}),
     "gradient_sigma": ("backward_kernels", "gradient_kernel", {"HAS_GRAD_SIGMAS": True}),
+    "gradient_wide": ("backward_kernels", "gradient_kernel", {"HAS_GRAD_SIGMAS": False}),
 }
+# Those that write another dtype than they read: what they write, by what they read.
+RESULTS = {"divide_narrow": {"float32": "bfloat16"}, "gradient_wide": {"bfloat16": "float32"}}
 # What the arguments are; A stands for the dtype to compute in.
 ARGUMENTS = {
     **dict.fromkeys(("layers", "orders", "pointers"), "*i64"),
@@ -40,6 +44,11 @@ ARGUMENTS = {
     **dict.fromkeys(("vectors", "saved", "sigmas", "convergence", "grad_sigmas"), "*A"),
 }
 UNALIGNED = ("saved", "sigmas", "convergence", "grad_sigmas")
+
+
+def dtypes_of(kernel: str) -> tuple[str, ...]:
+    """Return the dtypes that a variant is compiled for."""
+    return tuple(RESULTS.get(kernel, DTYPES))
 
 
 def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
@@ -58,6 +67,9 @@ def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
     weight = getattr(torch, dtype)
     compute = torch.float64 if weight == torch.float64 else torch.float32
     constants = {**launch.constants_of(weight, compute), **constants}
+    if "RESULT_T" in function.arg_names:
+        result = RESULTS.get(kernel, {dtype: dtype})[dtype]
+        constants |= launch.result_constant(getattr(torch, result))
     pointers = {"A": "fp64" if compute == torch.float64 else "fp32"}
     signature = {
         argument: "constexpr"
@@ -96,7 +108,7 @@ def compile_kernel(kernel: str, dtype: str, sm: int) -> dict[str, str]:
 
 def measure(architectures: tuple[int, ...]) -> Iterator[dict[str, str]]:
     """Compile everything, on two cores."""
-    jobs = [(k, d, sm) for k in KERNELS for d in DTYPES for sm in architectures]
+    jobs = [(k, d, sm) for k in KERNELS for d in dtypes_of(k) for sm in architectures]
     with ProcessPoolExecutor(2) as pool:
         yield from pool.map(compile_kernel, *zip(*jobs, strict=True), chunksize=4)
 

@@ -29,13 +29,16 @@ using Gradients = c10::List<std::optional<Tensor>>;
 using Backward = std::vector<Tensor>(const Gradients&, const std::optional<Tensor>&, TensorList,
                                      const Tensor&, const Tensor&, at::IntArrayRef,
                                      at::ArrayRef<double>, const c10::List<bool>&,
-                                     const c10::List<bool>&, const c10::List<bool>&);
+                                     const c10::List<bool>&, const c10::List<bool>&,
+                                     const c10::List<bool>&);
 
 /// What the layers of a node are normalized to; see reference.py.
 struct Targets {
   std::vector<int64_t> dims;
   std::vector<double> scales;
   c10::List<bool> soft, detach_sigma;
+  c10::List<bool>
+      widen;  // the layers whose weight is float32 and whose output is not; may be empty
 };
 
 /// The operator spectral_ext::backward of whatever device the tensors are on.
@@ -47,7 +50,7 @@ std::vector<Tensor> backward(const Gradients& grad_outputs,
                              .findSchemaOrThrow("spectral_ext::backward", "")
                              .typed<Backward>();
   return op.call(grad_outputs, grad_sigmas, outputs, saved, sigmas, targets.dims, targets.scales,
-                 targets.soft, targets.detach_sigma, mask);
+                 targets.soft, targets.detach_sigma, mask, targets.widen);
 }
 
 /// spectral_ext/reference.py's backward: made of differentiable operations that vmap knows too.
@@ -71,7 +74,8 @@ Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sig
     }
   }
   if (grad_sigma.defined()) total = total + grad_sigma * rank_one;
-  return total.to(output.scalar_type());
+  const bool is_wide = !targets.widen.empty() && targets.widen[layer];
+  return total.to(is_wide ? at::kFloat : output.scalar_type());
 }
 
 /// A batch of gradients inside vmap, whose memory no kernel can see.
@@ -112,6 +116,7 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     ctx->saved_data["scales"] = targets.scales;
     ctx->saved_data["soft"] = targets.soft;
     ctx->saved_data["detach_sigma"] = targets.detach_sigma;
+    ctx->saved_data["widen"] = targets.widen;
     ctx->saved_data["needed"] = std::move(needed);
     return results;
   }
@@ -124,7 +129,8 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     outputs.pop_back();
     const Targets targets{
         ctx->saved_data["dims"].toIntVector(), ctx->saved_data["scales"].toDoubleVector(),
-        ctx->saved_data["soft"].toBoolList(), ctx->saved_data["detach_sigma"].toBoolList()};
+        ctx->saved_data["soft"].toBoolList(), ctx->saved_data["detach_sigma"].toBoolList(),
+        ctx->saved_data["widen"].toBoolList()};
     const c10::List<bool> needed = ctx->saved_data["needed"].toBoolList();
 
     const Tensor& grad_sigmas = grads.back();
@@ -211,14 +217,23 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
                         sigmas.size(0) == static_cast<int64_t>(count),
                     "saved and sigmas must have shapes [", saved_size, "] and [", count, "]");
 
-  Computation computation{
-      outputs, saved, sigmas, {dims.vec(), scales.vec(), soft, detach_sigma}, {}};
+  Computation computation{outputs,
+                          saved,
+                          sigmas,
+                          {dims.vec(), scales.vec(), soft, detach_sigma, c10::List<bool>()},
+                          {}};
   std::vector<Tensor> needed, results(outputs.begin(), outputs.end());
   needed.reserve(count);
-  for (const Tensor& weight : weights) {
-    computation.needed.push_back(weight.requires_grad());
-    if (weight.requires_grad()) needed.push_back(weight);
+  c10::List<bool> widen;
+  bool is_any_wide = false;
+  for (size_t i = 0; i < count; ++i) {
+    computation.needed.push_back(weights[i].requires_grad());
+    if (weights[i].requires_grad()) needed.push_back(weights[i]);
+    widen.push_back(weights[i].scalar_type() == at::kFloat &&
+                    outputs[i].scalar_type() != at::kFloat);
+    is_any_wide = is_any_wide || widen[i];
   }
+  if (is_any_wide) computation.targets.widen = widen;
   variable_list attached = SpectralNormalize::apply(TensorList(needed), computation);
   size_t next = 0;
   for (size_t i = 0; i < count; ++i) {

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -29,7 +30,8 @@ c10::TypedOperatorHandle<F> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
 }
 
-using Allocate = std::tuple<std::vector<Tensor>, Tensor, Tensor>(TensorList, at::IntArrayRef);
+using Allocate = std::tuple<std::vector<Tensor>, Tensor, Tensor>(TensorList, at::IntArrayRef,
+                                                                 std::optional<at::ScalarType>);
 using Forward = void(TensorList, TensorList, TensorList, TensorList, const Tensor&, const Tensor&,
                      const Tensor&, at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>,
                      const c10::List<bool>&, at::ArrayRef<double>, at::ArrayRef<double>,
@@ -63,15 +65,16 @@ class Call : public torch::CustomClassHolder {
 
   /// The results of allocate and forward_: outputs, saved vectors, σ, and how far the iterations
   /// went (empty where no layer has a tolerance). With `attached` the outputs and σ are functions
-  /// of the weights.
-  std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> normalize(bool update, bool attached) {
+  /// of the weights. A `dtype` is that of the outputs of float32 weights.
+  std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> normalize(
+      bool update, bool attached, std::optional<at::ScalarType> dtype) {
     static const auto allocate = find<Allocate>("spectral_ext::allocate");
     static const auto forward = find<Forward>("spectral_ext::forward_");
     std::vector<Tensor> outputs;
     Tensor saved, sigmas, convergence;
     {
       const at::AutoDispatchBelowAutograd guard;
-      std::tie(outputs, saved, sigmas) = allocate.call(weights_, dims_);
+      std::tie(outputs, saved, sigmas) = allocate.call(weights_, dims_, dtype);
       convergence = no_report_;
       if (reports_) {
         convergence = at::empty({2 * static_cast<int64_t>(weights_.size())}, sigmas.options());

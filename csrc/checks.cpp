@@ -51,12 +51,25 @@ void check_memory(const Tensor& tensor, at::Device device, const char* name, siz
                     " of layer ", layer, " reaches beyond its storage (was it resized or freed?)");
 }
 
-void check_same(const Tensor& tensor, const Tensor& like, const char* name, size_t layer) {
+void check_same(const Tensor& tensor, const Tensor& like, at::ScalarType dtype, const char* name,
+                size_t layer) {
   check_memory(tensor, like.device(), name, layer);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " of layer ", layer, " is ",
-                   tensor.scalar_type(), ", expected ", like.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " of layer ", layer, " is ",
+                   tensor.scalar_type(), ", expected ", dtype);
   TORCH_CHECK_VALUE(tensor.sizes() == like.sizes(), name, " of layer ", layer, " has shape ",
                     tensor.sizes(), ", expected ", like.sizes());
+}
+
+bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
+void check_output(const Tensor& output, const Tensor& weight, size_t layer) {
+  const at::ScalarType own = weight.scalar_type();
+  const bool narrowed = own == at::kFloat && is_half(output.scalar_type());
+  check_same(output, weight, narrowed ? output.scalar_type() : own, "the output", layer);
+  TORCH_CHECK_VALUE(output.is_non_overlapping_and_dense(), "the output of layer ", layer,
+                    " must be dense and must not overlap itself");
+  TORCH_CHECK_VALUE(!narrowed || output.strides() == weight.strides(), "the output of layer ",
+                    layer, " has a half type, for which it must have the strides of its weight");
 }
 
 void check_vector(const Tensor& vector, int64_t size, const Tensor& weight, const char* name,
@@ -190,7 +203,8 @@ void check_target(double scale, size_t layer) {
 /// Whether a weight and its output are one tensor.
 bool are_same(const Tensor& weight, const Tensor& output) {
   return weight.const_data_ptr() == output.const_data_ptr() &&
-         weight.strides() == output.strides() && weight.sizes() == output.sizes();
+         weight.scalar_type() == output.scalar_type() && weight.strides() == output.strides() &&
+         weight.sizes() == output.sizes();
 }
 
 void check_count(size_t found, size_t expected, const char* name) {
@@ -203,13 +217,13 @@ at::ScalarType compute_dtype(TensorList weights) {
 
 }  // namespace
 
-Tensor empty_output(const Tensor& weight, c10::Allocator* allocator) {
+Tensor empty_output(const Tensor& weight, at::ScalarType dtype, c10::Allocator* allocator) {
   if (weight.layout() != at::kStrided || !weight.is_non_overlapping_and_dense()) {
-    return at::empty_like(weight);
+    return at::empty_like(weight, weight.options().dtype(dtype));
   }
   const auto key = weight.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
   Tensor output = at::detail::empty_strided_generic(weight.sizes(), weight.strides(), allocator,
-                                                    c10::DispatchKeySet(key), weight.scalar_type());
+                                                    c10::DispatchKeySet(key), dtype);
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     output.fill_(std::numeric_limits<double>::quiet_NaN());  // as torch does with its own
@@ -218,15 +232,19 @@ Tensor empty_output(const Tensor& weight, c10::Allocator* allocator) {
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims,
+                                                         std::optional<at::ScalarType> dtype,
                                                          EmptyOutput* empty_output) {
   check_count(dims.size(), weights.size(), "dims");
+  TORCH_CHECK_TYPE(!dtype.has_value() || is_half(*dtype), "dtype is ", dtype.value_or(at::kFloat),
+                   ", expected a half type or None");
   std::vector<Tensor> outputs;
   outputs.reserve(weights.size());
   int64_t saved_size = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t rows = weights[i].size(checked_dim(weights[i], dims[i], i));
     saved_size += rows + weights[i].numel() / rows;
-    outputs.push_back(empty_output(weights[i]));
+    const at::ScalarType own = weights[i].scalar_type();
+    outputs.push_back(empty_output(weights[i], own == at::kFloat ? dtype.value_or(own) : own));
   }
   auto options = at::TensorOptions().dtype(compute_dtype(weights));
   if (!weights.empty()) options = options.device(weights[0].device());
@@ -263,9 +281,8 @@ std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorLi
     layer.dtype = element_type(weight, "the weight", i);
     check_memory(weight, device, "the weight", i);
     check_compute_dtype(weight, dtype, i);
-    check_same(output, weight, "the output", i);
-    TORCH_CHECK_VALUE(output.is_non_overlapping_and_dense(), "the output of layer ", i,
-                      " must be dense and must not overlap itself");
+    check_output(output, weight, i);
+    layer.output_dtype = element_type(output, "the output", i);
     TORCH_CHECK_VALUE(
         n_power_iterations[i] >= 1 && n_power_iterations[i] <= std::numeric_limits<int>::max(),
         "n_power_iterations of layer ", i, " is ", n_power_iterations[i], ", expected 1 to ",
@@ -343,7 +360,7 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
                          const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
                          at::ArrayRef<double> scales, const c10::List<bool>& soft,
                          const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
-                         EmptyOutput* empty_output) {
+                         const c10::List<bool>& widen, EmptyOutput* empty_output) {
   const size_t count = outputs.size();
   check_count(grad_outputs.size(), count, "grad_outputs");
   check_count(dims.size(), count, "dims");
@@ -351,6 +368,7 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
   check_count(soft.size(), count, "soft");
   check_count(detach_sigma.size(), count, "detach_sigma");
   check_count(mask.size(), count, "mask");
+  if (!widen.empty()) check_count(widen.size(), count, "widen");
   const at::ScalarType dtype = compute_dtype(outputs);
 
   std::vector<Shape> shapes;
@@ -365,7 +383,9 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
     saved_size += shapes[i].rows + shapes[i].columns();
     check_target(scales[i], i);
     const std::optional<Tensor> grad = grad_outputs[i];
-    if (grad.has_value() && grad->defined()) check_same(*grad, outputs[i], "the gradient", i);
+    if (grad.has_value() && grad->defined()) {
+      check_same(*grad, outputs[i], outputs[i].scalar_type(), "the gradient", i);
+    }
   }
   check_flat(saved, saved_size, dtype, device, "saved");
   check_flat(sigmas, static_cast<int64_t>(count), dtype, device, "sigmas");
@@ -383,8 +403,11 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
     const char* u = next_saved;
     next_saved += (shapes[i].rows + shapes[i].columns()) * size;
     if (!mask[i]) continue;
+    const at::ScalarType own = outputs[i].scalar_type();
+    const bool is_wide = !widen.empty() && widen[i] && is_half(own);
     LayerGradient layer{shapes[i],
                         element,
+                        is_wide ? DType::kFloat32 : element,
                         scales[i],
                         soft[i],
                         detach_sigma[i],
@@ -399,14 +422,14 @@ Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor
     if (grad.has_value() && grad->defined()) {
       result.kept.push_back(*grad);
       if (grad->strides() != outputs[i].strides())
-        result.kept.back() = empty_output(outputs[i]).copy_(*grad);
+        result.kept.back() = empty_output(outputs[i], own).copy_(*grad);
       layer.grad_output = result.kept.back().const_data_ptr();
     }
     if (grad_sigma.defined()) {
       layer.grad_sigma = static_cast<const char*>(grad_sigma.const_data_ptr()) + place;
     }
     layer.sigma = static_cast<const char*>(sigmas.const_data_ptr()) + place;
-    result.weights.push_back(empty_output(outputs[i]));
+    result.weights.push_back(empty_output(outputs[i], is_wide ? at::kFloat : own));
     layer.grad_weight = result.weights.back().mutable_data_ptr();
     result.layers.push_back(layer);
   }

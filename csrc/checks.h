@@ -19,17 +19,19 @@ namespace spectral_ext {
 using at::Tensor;
 using at::TensorList;
 
-/// Allocates a tensor like a dense weight, in memory of that allocator.
-Tensor empty_output(const Tensor& weight, c10::Allocator* allocator);
+/// Allocates a tensor like a dense weight, of that dtype and in memory of that allocator.
+Tensor empty_output(const Tensor& weight, at::ScalarType dtype, c10::Allocator* allocator);
 
-using EmptyOutput = Tensor(const Tensor& weight);
+using EmptyOutput = Tensor(const Tensor& weight, at::ScalarType dtype);
 
-/// Outputs, saved vectors and sigmas for a forward.
+/// Outputs, saved vectors and sigmas for a forward. The outputs of float32 weights have `dtype`, if
+/// one is given: a half type.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate(TensorList weights, at::IntArrayRef dims,
+                                                         std::optional<at::ScalarType> dtype,
                                                          EmptyOutput* empty_output);
 
 /// The layers of a forward. A weight in another order than its output is copied there. An output
-/// may be the weight itself.
+/// may be the weight itself, and that of a dense float32 weight may have a half type.
 std::vector<Layer> check_forward(at::Device device, TensorList weights, TensorList us,
                                  TensorList vs, TensorList outputs, const Tensor& saved,
                                  const Tensor& sigmas, const Tensor& convergence,
@@ -48,12 +50,14 @@ struct Gradients {
   std::vector<Tensor> weights;        // the result
 };
 
-/// The layers of a backward for which `mask` is true; `empty_output` allocates their gradients.
+/// The layers of a backward for which `mask` is true; `empty_output` allocates their gradients. A
+/// gradient is float32 where `widen` is true and the output has a half type; an empty list is
+/// false.
 Gradients check_backward(at::Device device, const c10::List<std::optional<Tensor>>& grad_outputs,
                          const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                          const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
                          at::ArrayRef<double> scales, const c10::List<bool>& soft,
                          const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
-                         EmptyOutput* empty_output);
+                         const c10::List<bool>& widen, EmptyOutput* empty_output);
 
 }  // namespace spectral_ext

@@ -59,6 +59,7 @@ struct Shape {
 struct Layer {
   Shape shape;
   DType dtype;
+  DType output_dtype;  // the same, or a half type for float32 weights
   bool wide_vectors;
   bool v_first;
   int n_power_iterations;
@@ -80,7 +81,8 @@ struct Layer {
 /// The backward of one layer. A null grad_output or grad_sigma is zero.
 struct LayerGradient {
   Shape shape;
-  DType dtype;
+  DType dtype;       // of gradient and output
+  DType grad_dtype;  // of grad_weight: the same, or float32 for a half output
   double scale;
   bool soft;
   bool detach_sigma;  // σ is a constant of the output

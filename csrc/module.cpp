@@ -137,7 +137,7 @@ py::dict plan_forward(const std::vector<ShapeTuple>& shapes, const std::string& 
   for (const Shape& shape : described) {
     Layer& layer = layers.emplace_back();
     layer.shape = shape;
-    layer.dtype = element_type(dtype);
+    layer.dtype = layer.output_dtype = element_type(dtype);
     layer.v_first = v_first;
     layer.n_power_iterations = n_power_iterations;
     layer.eps = 1e-12;
@@ -155,7 +155,7 @@ py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string&
   for (const Shape& shape : described) {
     LayerGradient& layer = layers.emplace_back();
     layer.shape = shape;
-    layer.dtype = element_type(dtype);
+    layer.dtype = layer.grad_dtype = element_type(dtype);
     layer.scale = 1;
   }
   return describe(

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -37,15 +38,17 @@ class LargeAllocator final : public c10::Allocator {
   }
 };
 
-Tensor empty_cpu_output(const Tensor& weight) {
+Tensor empty_cpu_output(const Tensor& weight, at::ScalarType dtype) {
   static auto* large = new LargeAllocator;  // tensors may outlive static destructors
-  return empty_output(weight, weight.nbytes() < cpu::kLargeBlock ? c10::GetCPUAllocator() : large);
+  const auto bytes = static_cast<size_t>(weight.numel()) * c10::elementSize(dtype);
+  return empty_output(weight, dtype, bytes < cpu::kLargeBlock ? c10::GetCPUAllocator() : large);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate_cpu(TensorList weights,
-                                                             at::IntArrayRef dims) {
+                                                             at::IntArrayRef dims,
+                                                             std::optional<at::ScalarType> dtype) {
   const at::AutoDispatchBelowAutograd guard;
-  return allocate(weights, dims, empty_cpu_output);
+  return allocate(weights, dims, dtype, empty_cpu_output);
 }
 
 void forward_cpu(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
@@ -65,10 +68,12 @@ std::vector<Tensor> backward_cpu(const c10::List<std::optional<Tensor>>& grad_ou
                                  const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                                  const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
                                  at::ArrayRef<double> scales, const c10::List<bool>& soft,
-                                 const c10::List<bool>& detach_sigma, const c10::List<bool>& mask) {
+                                 const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
+                                 const c10::List<bool>& widen) {
   const at::AutoDispatchBelowAutograd guard;
-  Gradients gradients = check_backward(at::kCPU, grad_outputs, grad_sigmas, outputs, saved, sigmas,
-                                       dims, scales, soft, detach_sigma, mask, empty_cpu_output);
+  Gradients gradients =
+      check_backward(at::kCPU, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, scales,
+                     soft, detach_sigma, mask, widen, empty_cpu_output);
   cpu::backward(gradients.layers, threads(), parallel_for);
   return std::move(gradients.weights);
 }

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -40,15 +41,16 @@ void run_on(at::Device device, cuda::Schedule schedule, const cuda::Launches& la
                    schedule, workspace.get()});
 }
 
-Tensor empty_cuda_output(const Tensor& weight) {
+Tensor empty_cuda_output(const Tensor& weight, at::ScalarType dtype) {
   const c10::cuda::CUDAGuard guard(weight.device());
-  return empty_output(weight, c10::cuda::CUDACachingAllocator::get());
+  return empty_output(weight, dtype, c10::cuda::CUDACachingAllocator::get());
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> allocate_cuda(TensorList weights,
-                                                              at::IntArrayRef dims) {
+                                                              at::IntArrayRef dims,
+                                                              std::optional<at::ScalarType> dtype) {
   const at::AutoDispatchBelowAutograd guard;
-  return allocate(weights, dims, empty_cuda_output);
+  return allocate(weights, dims, dtype, empty_cuda_output);
 }
 
 void forward_cuda(TensorList weights, TensorList us, TensorList vs, TensorList outputs,
@@ -76,15 +78,16 @@ std::vector<Tensor> backward_cuda(const c10::List<std::optional<Tensor>>& grad_o
                                   const std::optional<Tensor>& grad_sigmas, TensorList outputs,
                                   const Tensor& saved, const Tensor& sigmas, at::IntArrayRef dims,
                                   at::ArrayRef<double> scales, const c10::List<bool>& soft,
-                                  const c10::List<bool>& detach_sigma,
-                                  const c10::List<bool>& mask) {
+                                  const c10::List<bool>& detach_sigma, const c10::List<bool>& mask,
+                                  const c10::List<bool>& widen) {
   const at::AutoDispatchBelowAutograd guard;
   const at::Device device = saved.device();
   TORCH_CHECK_VALUE(device.is_cuda(), "saved is on ", device, ", expected a CUDA device");
   const c10::cuda::CUDAGuard device_guard(device);
   const cuda::Schedule chosen = schedule();
-  Gradients gradients = check_backward(device, grad_outputs, grad_sigmas, outputs, saved, sigmas,
-                                       dims, scales, soft, detach_sigma, mask, empty_cuda_output);
+  Gradients gradients =
+      check_backward(device, grad_outputs, grad_sigmas, outputs, saved, sigmas, dims, scales, soft,
+                     detach_sigma, mask, widen, empty_cuda_output);
   if (gradients.layers.empty()) return {};
   const void *const u = saved.const_data_ptr(), *const sigma = sigmas.const_data_ptr();
   const cuda::Launches& launches =

@@ -54,13 +54,19 @@ def compute(
     settings: Settings,
     update: bool,
     backend: Backend,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Computation, Tensor]:
     """Normalize all layers, of one device and compute dtype, in one call and without gradient.
+
+    A ``dtype`` of half precision is that of the outputs of float32 weights.
 
     The second result has the residuals and then the iterations of all layers; it is empty where no
     layer has a ``tol``.
     """
-    outputs, saved, sigmas = backend.allocate(weights, settings.dims)
+    if dtype is not None:  # a half output has the strides of its weight
+        dense = torch.ops.aten.is_non_overlapping_and_dense
+        weights = [w if w.is_contiguous() or dense(w) else w.contiguous() for w in weights]
+    outputs, saved, sigmas = backend.allocate(weights, settings.dims, dtype)
     convergence = saved.new_empty(2 * len(weights) if any(settings.tols) else 0)
     backend.forward_(
         weights, us, vs, outputs, saved, sigmas, convergence, *settings.of_forward(update)
@@ -86,6 +92,10 @@ class _SpectralNormalize(torch.autograd.Function):
         )
         ctx.backend = computation.backend
         ctx.settings = computation.settings
+        ctx.widen = [
+            weight.dtype != y.dtype
+            for weight, y in zip(inputs[1:], computation.outputs, strict=True)
+        ]
         ctx.save_for_backward(*output, computation.saved)
 
     @staticmethod
@@ -100,7 +110,14 @@ class _SpectralNormalize(torch.autograd.Function):
         backend = reference if torch.is_grad_enabled() or _batched(grads) else ctx.backend
         found = iter(
             backend.backward(
-                grad_outputs, grad_sigmas, outputs, saved, sigmas, *ctx.settings.of_node, mask
+                grad_outputs,
+                grad_sigmas,
+                outputs,
+                saved,
+                sigmas,
+                *ctx.settings.of_node,
+                mask,
+                ctx.widen,
             )
         )
         return (None, *(next(found) if wanted else None for wanted in mask))

@@ -11,7 +11,12 @@ from torch import Tensor
 from . import reference
 from .autograd import Computation, attach, compute
 from .backends import Backend, select
-from .layout import allocate_vectors, compute_dtype, matrix_shape
+from .layout import (
+    allocate_vectors,
+    compute_dtype,
+    matrix_shape,
+    output_dtype,
+)
 from .reference import Order
 from .settings import LayerSettings, Settings
 from .validation import (
@@ -43,6 +48,7 @@ def spectral_normalize(
     gain: Sequence[Tensor | None] | None = None,
     update: bool = True,
     convergence: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Divide every weight by its largest singular value, all in one native call.
@@ -77,13 +83,16 @@ def spectral_normalize(
         convergence: **written in place** if given, of shape ``(2, len(weights))`` and floating point:
             the residuals ``‖Mᵀu − ‖Mv‖·v‖ / σ`` of the last steps (NaN where there is no ``tol``; see
             :func:`spectral_ext.reference.power_iteration`), and the numbers of steps.
+        dtype: ``torch.bfloat16`` or ``torch.float16``: write the normalized weights of float32 weights so,
+            as ``torch.autocast`` would cast them. σ, ``u``, ``v`` and the gradients of the weights stay
+            float32; ⟨G, Y⟩ in them is taken with the rounded Y.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``; None reads the
             environment variable ``SPECTRAL_EXT_BACKEND`` and defaults to ``"auto"``.
 
     Returns:
-        The normalized weights, with the shapes, dtypes and strides of ``weights``, and one 1-D tensor
-        with every σ of the weights: float64 if a weight is, else float32. Both are differentiable;
-        ``u`` and ``v`` count as constants, as in Miyato et al. (2018), equation (11).
+        The normalized weights, with the shapes, strides and (but for ``dtype``) dtypes of ``weights``, and
+        one 1-D tensor with every σ of the weights: float64 if a weight is, else float32. Both are
+        differentiable; ``u`` and ``v`` count as constants, as in Miyato et al. (2018), equation (11).
 
         A 1-D weight under ``u_first`` is divided by its norm as in stock; its ``u`` and ``v`` are not
         looked at and may be None. A weight whose σ is exactly 0 is passed through, where stock
@@ -115,7 +124,9 @@ def spectral_normalize(
                 raise ValueError(f"weights[{i}]: gain and scale or bound exclude each other")
     if convergence is not None:
         check_convergence(convergence, len(weights))
-    results = normalize_layers(list(weights), us, vs, settings, update, backend)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
+    results = normalize_layers(list(weights), us, vs, settings, update, backend, None, dtype)
     if convergence is not None:
         convergence.copy_(convergence_of(results, settings, update))
     if gain is not None:
@@ -304,14 +315,16 @@ def normalize_layers(
     update: bool,
     backend: str | None,
     bucket_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Results:
     """Normalize layers whose arguments were checked; ``bucket_bytes`` of weights share a graph node.
 
+    A ``dtype``, of half precision, is that of the results of float32 weights.
     Layers of one device and compute dtype go into one call. Complex weights, and 1-D weights under
     ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference.
     """
     if max(settings.blocks, default=1) > 1:
-        return _normalize_blocks(weights, us, vs, settings, update, backend, bucket_bytes)
+        return _normalize_blocks(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
     if (
         len(devices) == len(dtypes) == 1
@@ -319,12 +332,12 @@ def normalize_layers(
         and all(u is not None for u in us)
     ):
         chosen = select(backend, *devices)
-        computation, convergence = compute(weights, us, vs, settings, update, chosen)
+        computation, convergence = compute(weights, us, vs, settings, update, chosen, dtype)
         normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
         members = range(len(weights))
         saved: list[tuple[Tensor, Sequence[int]]] = [(computation.saved, members)]
         return Results(normalized, sigmas, [(computation, members)], convergence, saved)
-    return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes)
+    return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
 
 
 class PreparedCall:
@@ -350,10 +363,12 @@ class PreparedCall:
         self._members = range(len(weights))
         self._run = backend.prepare(weights, us, vs, *settings[:-1])  # there are no blocks
 
-    def __call__(self, update: bool, bucket_bytes: int | None) -> Results:
+    def __call__(
+        self, update: bool, bucket_bytes: int | None, dtype: torch.dtype | None = None
+    ) -> Results:
         """Normalize all layers."""
         attached = bucket_bytes is None and torch.is_grad_enabled()
-        outputs, saved, sigmas, convergence = self._run(update, attached)
+        outputs, saved, sigmas, convergence = self._run(update, attached, dtype)
         members = self._members
         vectors: list[tuple[Tensor, Sequence[int]]] = [(saved, members)]
         if attached:
@@ -411,6 +426,7 @@ def _normalize_blocks(
     update: bool,
     backend: str | None,
     bucket_bytes: int | None,
+    dtype: torch.dtype | None,
 ) -> Results:
     """Normalize the blocks of weights, still in one call: views go in, and are joined after it."""
     blocks = settings.blocks
@@ -427,7 +443,7 @@ def _normalize_blocks(
     ]
     each = settings._replace(blocks=[1] * len(blocks)).select(owner)
     of_weights, of_us, of_vs = (list(column) for column in zip(*parts, strict=True))
-    results = normalize_layers(of_weights, of_us, of_vs, each, update, backend, bucket_bytes)
+    results = normalize_layers(of_weights, of_us, of_vs, each, update, backend, bucket_bytes, dtype)
     joined = [
         outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         for outputs in _runs(results.normalized, blocks)
@@ -474,6 +490,7 @@ def _normalize_mixed(
     update: bool,
     backend: str | None,
     bucket_bytes: int | None,
+    dtype: torch.dtype | None,
 ) -> Results:
     """Normalize layers of several kinds, one call for each kind."""
     count = len(weights)
@@ -498,6 +515,7 @@ def _normalize_mixed(
             settings.select(members),
             update,
             chosen,
+            dtype,
         )
         outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
         if not len(convergence):  # no tol among these
@@ -509,7 +527,8 @@ def _normalize_mixed(
         computations.append((computation, members))
     for i in (i for i in range(count) if kinds[i] is None):
         result = _normalize_by_reference(weights[i], us[i], vs[i], settings.select([i]), update)
-        normalized[i], sigma[i] = result.weight, result.sigma
+        normalized[i] = result.weight.to(output_dtype(weights[i], dtype))
+        sigma[i] = result.sigma
         residuals[i], iterations[i] = result.residual, result.iterations
     if not count:
         return Results([], torch.empty(0), [], torch.empty(0))

@@ -17,13 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import allocate
+from .layout import allocate, grad_dtypes
 
 __all__ = ["LIBRARY", "SCHEMAS"]
 
 SCHEMAS = {
-    # Uninitialized `outputs`, with the shapes and strides of the weights, `saved` and `sigmas`.
-    "allocate": "(Tensor[] weights, int[] dims) -> (Tensor[], Tensor, Tensor)",
+    # Uninitialized `outputs`, with the shapes and strides of the weights, `saved` and `sigmas`. A `dtype`,
+    # of half precision, is that of the outputs of float32 weights.
+    "allocate": (
+        "(Tensor[] weights, int[] dims, ScalarType? dtype=None) -> (Tensor[], Tensor, Tensor)"
+    ),
     # The forward of all layers. `update` False keeps us and vs as they are, as stock does in evaluation.
     "forward_": (
         "(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, Tensor(c!)[] outputs, Tensor(d!) saved, "
@@ -31,9 +34,11 @@ SCHEMAS = {
         "bool[] v_first, float[] tols, float[] scales, bool[] soft, bool update) -> ()"
     ),
     # The gradients of those weights for which `mask` is true, in order. A missing gradient is zero.
+    # `widen` is true for outputs of half precision whose weights are float32; it may be empty.
     "backward": (
         "(Tensor?[] grad_outputs, Tensor? grad_sigmas, Tensor[] outputs, Tensor saved, Tensor sigmas, "
-        "int[] dims, float[] scales, bool[] soft, bool[] detach_sigma, bool[] mask) -> Tensor[]"
+        "int[] dims, float[] scales, bool[] soft, bool[] detach_sigma, bool[] mask, bool[] widen) -> "
+        "Tensor[]"
     ),
     # The outputs and sigmas of a forward as functions of the weights, which `backward` differentiates.
     "attach": (
@@ -51,8 +56,10 @@ for _name, _schema in SCHEMAS.items():
 
 
 @torch.library.register_fake("spectral_ext::allocate", lib=LIBRARY)
-def _(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor]:
-    return allocate(weights, dims)
+def _(
+    weights: Sequence[Tensor], dims: Sequence[int], dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    return allocate(weights, dims, dtype)
 
 
 @torch.library.register_fake("spectral_ext::triton_forward_", lib=LIBRARY)
@@ -74,5 +81,11 @@ def _(
     soft: Sequence[bool],
     detach_sigma: Sequence[bool],
     mask: Sequence[bool],
+    widen: Sequence[bool],
 ) -> list[Tensor]:
-    return [torch.empty_like(y) for y, wanted in zip(outputs, mask, strict=True) if wanted]
+    dtypes = grad_dtypes(outputs, widen)
+    return [
+        torch.empty_like(y, dtype=dtype)
+        for y, dtype, wanted in zip(outputs, dtypes, mask, strict=True)
+        if wanted
+    ]

@@ -225,6 +225,7 @@ def backward(
     scale: float = 1.0,
     soft: bool = False,
     detach_sigma: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the gradient of the weight, for real weights.
 
@@ -239,6 +240,7 @@ def backward(
         grad_sigma: ``gσ``, the gradient of σ, or None for zero.
         normalized, sigma, u, v: what the forward gave.
         dim, scale, soft, detach_sigma: as in the forward.
+        dtype: of the weight, where it is not that of ``normalized``.
     """
     moved_shape = normalized.movedim(dim, 0).shape
     rank_one = torch.outer(u, v).reshape(moved_shape).movedim(0, dim)
@@ -252,4 +254,4 @@ def backward(
             total = total - torch.where(is_constant, 0, along) * rank_one
     if grad_sigma is not None:
         total = total + grad_sigma * rank_one
-    return total.to(normalized.dtype)
+    return total.to(dtype or normalized.dtype)

@@ -180,6 +180,21 @@ FORWARD_CASES = {
     ("dtype of an output", "output of layer 0 is (Double|float64)"): {
         "outputs": [torch.empty(4, 6).double(), torch.empty(5, 3)]
     },
+    ("half output of a half weight", "output of layer 0 is (Half|float16)"): {
+        "weights": [torch.randn(4, 6).bfloat16(), OTHER],
+        "outputs": [torch.empty(4, 6).half(), torch.empty(5, 3)],
+    },
+    ("half output in another order", "output of layer 0 has a half type"): {
+        "outputs": [torch.empty(6, 4).half().T, torch.empty(5, 3)]
+    },
+    ("half output of an expanded weight", "output of layer 0 has a half type"): {
+        "weights": [torch.randn(4, 1).expand(4, 6), OTHER],
+        "outputs": [torch.empty(4, 6).half(), torch.empty(5, 3)],
+    },
+    ("half output in the weight", "layer 1 overlap in memory"): {
+        "weights": [torch.randn(4, 6), LONGER[:15].view(5, 3)],
+        "outputs": [torch.empty(4, 6), LONGER.view(torch.float16)[:15].view(5, 3)],
+    },
     ("output expanded", "output of layer 0 must be dense"): {
         "outputs": [torch.empty(4, 1).expand(4, 6), torch.empty(5, 3)]
     },
@@ -236,6 +251,7 @@ def backward_arguments():
         "soft": [False, True],
         "detach_sigma": [True, False],
         "mask": [True, True],
+        "widen": [],
     }
 
 
@@ -243,6 +259,7 @@ BACKWARD_CASES = {
     ("fewer gradients", "grad_outputs has"): {"grad_outputs": [None]},
     ("fewer dims", "dims has"): {"dims": [0]},
     ("fewer masks", "mask has"): {"mask": [True]},
+    ("fewer widen", "widen has"): {"widen": [True]},
     ("fewer scales", "scales has"): {"scales": [1.0]},
     ("fewer soft", "soft has"): {"soft": [True]},
     ("fewer detach_sigma", "detach_sigma has"): {"detach_sigma": []},
@@ -346,12 +363,12 @@ def test_prepared_call(case):
         return {key: given[key] for key in given if key not in _OF_A_CALL}
 
     right, wrong = arguments(), {**arguments(), **PREPARED_CASES[case]}
-    outputs, saved, sigmas, convergence = cpu.prepare(*right.values())(True, False)
+    outputs, saved, sigmas, convergence = cpu.prepare(*right.values())(True, False, None)
     assert [y.shape for y in outputs] == [w.shape for w in right["weights"]]
     assert saved.shape == (18,) and sigmas.isfinite().all() and convergence.shape == (4,)
     before = [v.clone() for v in (*wrong["us"], *wrong["vs"])]
     with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)):
-        cpu.prepare(*wrong.values())(True, False)
+        cpu.prepare(*wrong.values())(True, False, None)
     for vector, old in zip((*wrong["us"], *wrong["vs"]), before, strict=True):
         assert torch.equal(vector, old)
 
@@ -366,6 +383,8 @@ def test_allocate_operator():
         cpu.allocate([torch.randn(0, 3)], [0])
     with pytest.raises(IndexError, match="dim"):
         cpu.allocate([torch.randn(2, 3)], [5])
+    with pytest.raises(TypeError, match="half type"):
+        cpu.allocate([torch.randn(2, 3)], [0], torch.float64)
 
 
 def test_many_permuted_dimensions():

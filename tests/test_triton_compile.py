@@ -26,7 +26,7 @@ def test_every_variant_is_compiled_for_every_architecture(rows):
     assert found == {
         (kernel, dtype, sm)
         for kernel in triton_kernels.KERNELS
-        for dtype in triton_kernels.DTYPES
+        for dtype in triton_kernels.dtypes_of(kernel)
         for sm in triton_kernels.ARCHITECTURES
     }
 

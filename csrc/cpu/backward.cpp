@@ -79,7 +79,8 @@ class Backward {
     const bool by_rows = shape.inner > 1 || shape.outer == 1;  // else a line is a column
     const int64_t length = by_rows ? shape.inner : shape.rows;
     const auto* g = static_cast<const T*>(layer_.grad_output);
-    auto* out = static_cast<T*>(layer_.grad_weight);
+    auto* out = static_cast<char*>(layer_.grad_weight);
+    const int64_t out_size = element_size(layer_.grad_dtype);
     const int64_t begin = slice * cut_.slice, end = std::min(begin + cut_.slice, shape.numel());
     for (int64_t i = begin; i < end;) {
       const int64_t line = i / length, offset = i % length;
@@ -87,7 +88,7 @@ class Backward {
       const A factor = by_rows ? u[line % shape.rows] : v[line];
       const A* vector = (by_rows ? v + line / shape.rows * shape.inner : u) + offset;
       kernels_.rank_one(g == nullptr ? nullptr : g + i, vector, scale, coefficient * factor,
-                        out + i, count, streaming_);
+                        out + i * out_size, layer_.grad_dtype, count, streaming_);
       i += count;
     }
     if (streaming_) kernels_.fence();

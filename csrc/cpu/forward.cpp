@@ -237,9 +237,11 @@ class Forward {
     }
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
-    kernels_.divide(
-        static_cast<const T*>(layer_.weight) + begin, static_cast<T*>(layer_.output) + begin, count,
-        is_left_alone(rounded, layer_.scale, layer_.soft) ? 1 : sigma / layer_.scale, streaming_);
+    kernels_.divide(static_cast<const T*>(layer_.weight) + begin,
+                    static_cast<char*>(layer_.output) + begin * element_size(layer_.output_dtype),
+                    layer_.output_dtype, count,
+                    is_left_alone(rounded, layer_.scale, layer_.soft) ? 1 : sigma / layer_.scale,
+                    streaming_);
     if (streaming_) kernels_.fence();
   }
 

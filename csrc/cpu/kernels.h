@@ -31,16 +31,17 @@ struct Kernels {
   double (*combine)(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,
                     A divisor, A* y, int64_t n);
 
-  /// y = w / sigma, in compute precision by a product with 1 / sigma. `streaming` writes past the
-  /// caches.
-  void (*divide)(const T* w, T* y, int64_t n, double sigma, bool streaming);
+  /// y = w / sigma, in compute precision by a product with 1 / sigma. y is of the same type or, for
+  /// float, of a half type. `streaming` writes past the caches.
+  void (*divide)(const T* w, void* y, DType y_dtype, int64_t n, double sigma, bool streaming);
 
   /// Σ a · b.
   double (*dot)(const T* a, const T* b, int64_t n);
 
-  /// out = scale · g − coefficient · x; a null g is zero.
-  void (*rank_one)(const T* g, const A* x, A scale, A coefficient, T* out, int64_t n,
-                   bool streaming);
+  /// out = scale · g − coefficient · x; a null g is zero. out is of the same type as g or, for half
+  /// types, of float.
+  void (*rank_one)(const T* g, const A* x, A scale, A coefficient, void* out, DType out_dtype,
+                   int64_t n, bool streaming);
 
   /// Makes streamed writes visible before whatever is written next.
   void (*fence)();

@@ -253,9 +253,9 @@ inline void for_vectors(const A* out, int64_t n, Body body, Tail tail) {
 }
 
 /// Writes f(to_compute(x)) for every x, where f takes numbers and vectors.
-template <class T, class F>
-void map(const T* x, T* y, int64_t n, bool streaming, F f) {
-  if constexpr (sizeof(T) >= 4) {
+template <class T, class Y, class F>
+void map(const T* x, Y* y, int64_t n, bool streaming, F f) {
+  if constexpr (sizeof(T) >= 4 && std::is_same_v<T, Y>) {
     const auto tail = [=](int64_t i) { y[i] = f(x[i]); };
     if (streaming) {
       for_vectors(y, n, [=](int64_t i) { stream(y + i, f(load(x + i))); }, tail);
@@ -263,12 +263,12 @@ void map(const T* x, T* y, int64_t n, bool streaming, F f) {
       for_vectors(y, n, [=](int64_t i) { store(y + i, f(load(x + i))); }, tail);
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = from_compute<T>(f(to_compute(x[i])));
+    for (int64_t i = 0; i < n; ++i) y[i] = from_compute<Y>(f(to_compute(x[i])));
   }
 }
 
-template <class T>
-void divide(const T* w, T* y, int64_t n, double sigma, bool streaming) {
+template <class T, class Y>
+void divide_into(const T* w, Y* y, int64_t n, double sigma, bool streaming) {
   using A = compute_t<T>;
   // 1/σ of the unrounded σ: two roundings in all, as many as a division by the rounded σ has.
   const A inverse = static_cast<A>(1 / sigma);
@@ -278,6 +278,17 @@ void divide(const T* w, T* y, int64_t n, double sigma, bool streaming) {
     const A divisor = static_cast<A>(sigma);
     map(w, y, n, streaming, [=](auto x) { return x / divisor; });
   }
+}
+
+template <class T>
+void divide(const T* w, void* y, DType y_dtype, int64_t n, double sigma, bool streaming) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (y_dtype == DType::kBFloat16)
+      return divide_into(w, static_cast<BFloat16*>(y), n, sigma, streaming);
+    if (y_dtype == DType::kFloat16)
+      return divide_into(w, static_cast<Float16*>(y), n, sigma, streaming);
+  }
+  divide_into(w, static_cast<T*>(y), n, sigma, streaming);
 }
 
 template <class T>
@@ -310,11 +321,11 @@ double dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
-template <class T>
-void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient,
-              T* out, int64_t n, bool streaming) {
+template <class T, class Out>
+void rank_one_into(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient,
+                   Out* out, int64_t n, bool streaming) {
   if (g == nullptr) {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_compute<T>(-coefficient * x[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = from_compute<Out>(-coefficient * x[i]);
   } else if constexpr (sizeof(T) >= 4) {
     const auto tail = [=](int64_t i) { out[i] = scale * g[i] - coefficient * x[i]; };
     const auto value = [=](int64_t i) { return scale * load(g + i) - coefficient * load(x + i); };
@@ -325,9 +336,19 @@ void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = from_compute<T>(scale * to_compute(g[i]) - coefficient * x[i]);
+      out[i] = from_compute<Out>(scale * to_compute(g[i]) - coefficient * x[i]);
     }
   }
+}
+
+template <class T>
+void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient,
+              void* out, DType out_dtype, int64_t n, bool streaming) {
+  if constexpr (sizeof(T) < 4) {
+    if (out_dtype == DType::kFloat32)
+      return rank_one_into(g, x, scale, coefficient, static_cast<float*>(out), n, streaming);
+  }
+  rank_one_into(g, x, scale, coefficient, static_cast<T*>(out), n, streaming);
 }
 
 template <class T>

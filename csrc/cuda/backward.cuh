@@ -16,7 +16,7 @@ struct BackwardLayer {
 
   const LayerTable& table;
   const T *grad_output, *output;
-  T* grad_weight;
+  void* grad_weight;  // elements of T, or of A
   const A *u, *v, *sigma, *grad_sigma;
   A* ordered_v;
   double* block_sums;
@@ -28,7 +28,7 @@ struct BackwardLayer {
     grad_output = static_cast<const T*>(pointers.grad_output);
     if (grad_output != nullptr) grad_output = global(grad_output);
     output = global(static_cast<const T*>(pointers.output));
-    grad_weight = global(static_cast<T*>(pointers.grad_weight));
+    grad_weight = global(pointers.grad_weight);
     u = global(static_cast<const A*>(arguments.saved)) + table.saved;
     v = u + table.shape.rows;
     sigma = global(static_cast<const A*>(arguments.sigmas)) + table.sigma;
@@ -102,10 +102,11 @@ struct Walk {
   }
 };
 
-template <class T>
-__device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, const Piece& piece) {
+template <class T, class Out>
+__device__ __forceinline__ void update_elements_of(Out* out, const BackwardLayer<T>& layer,
+                                                   const Piece& piece) {
   using A = compute_t<T>;
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kLanes = Vector<T>::kLanes, kStored = Vector<Out>::kLanes;
   const Shape& shape = layer.table.shape;
   const double along = total_of(layer.block_sums, layer.table.blocks);
   const double sigma = *layer.sigma,
@@ -115,7 +116,6 @@ __device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, c
   const A coefficient = static_cast<A>((left_alone ? 0 : along / sigma) - grad_sigma);
   const A* const v = shape.column_order.count > 0 ? layer.ordered_v : layer.v;
   const T* const g = layer.grad_output;
-  T* const out = layer.grad_weight;
 
   int64_t i = piece.begin + thread_index();
   if (shape.inner % kLanes == 0 && is_aligned(out) && (g == nullptr || is_aligned(g))) {
@@ -125,14 +125,19 @@ __device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, c
     Walk walk(shape, piece.begin + thread_index() * kLanes);
 #pragma unroll 2
     for (int64_t j = piece.begin + thread_index() * kLanes; j < piece.end; j += kStep) {
-      Vector<T> x = g == nullptr ? Vector<T>{} : load_once(g + j);
+      const Vector<T> x = g == nullptr ? Vector<T>{} : load_once(g + j);
       const A factor = coefficient * layer.u[walk.row()];
       const A* const along_row = v + walk.column();
 #pragma unroll
-      for (int e = 0; e < kLanes; ++e) {
-        store(&x.lane[e], scale * to_compute(x.lane[e]) - factor * along_row[e]);
+      for (int first = 0; first < kLanes; first += kStored) {
+        Vector<Out> result;
+#pragma unroll
+        for (int e = 0; e < kStored; ++e) {
+          store(&result.lane[e],
+                scale * to_compute(x.lane[first + e]) - factor * along_row[first + e]);
+        }
+        store_once(out + j + first, result);
       }
-      store_once(out + j, x);
       walk.advance(lines, elements);
     }
     return;
@@ -144,6 +149,15 @@ __device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, c
     store(out + i, scale * value - coefficient * layer.u[walk.row()] * v[walk.column()]);
     walk.advance(lines, elements);
   }
+}
+
+template <class T>
+__device__ __forceinline__ void update_elements(const BackwardLayer<T>& layer, const Piece& piece) {
+  if constexpr (sizeof(T) < 4) {
+    if (layer.table.widen)
+      return update_elements_of(static_cast<float*>(layer.grad_weight), layer, piece);
+  }
+  update_elements_of(static_cast<T*>(layer.grad_weight), layer, piece);
 }
 
 }  // namespace spectral_ext::cuda

@@ -239,9 +239,10 @@ const Launches& prepare_forward(const std::vector<Layer>& layers, bool update, i
   Key key = {0, device, update};
   for (const Layer& layer : layers) {
     append(key, layer.shape, layer.dtype);
-    key.insert(key.end(), {layer.v_first, layer.n_power_iterations, bits_of(layer.eps),
-                           bits_of(layer.tol), bits_of(layer.scale), layer.soft, layer.wide_vectors,
-                           layer.u_stride, layer.v_stride});
+    key.insert(key.end(),
+               {layer.v_first, layer.n_power_iterations, bits_of(layer.eps), bits_of(layer.tol),
+                bits_of(layer.scale), layer.soft, layer.wide_vectors,
+                static_cast<int64_t>(layer.output_dtype), layer.u_stride, layer.v_stride});
   }
   return cached(key, [&] {
     std::vector<Shape> shapes;
@@ -266,7 +267,7 @@ const Launches& prepare_backward(const std::vector<LayerGradient>& layers, const
     places.sigma.push_back(static_cast<int32_t>(index_in(sigmas, layer.sigma)));
     append(key, layer.shape, layer.dtype);
     key.insert(key.end(), {places.saved.back(), places.sigma.back(), bits_of(layer.scale),
-                           layer.soft, layer.detach_sigma});
+                           layer.soft, layer.detach_sigma, static_cast<int64_t>(layer.grad_dtype)});
   }
   return cached(key, [&] {
     return prepare(layers, places, device, [&](const auto& picked, const Places& picked_places) {

@@ -12,8 +12,8 @@ struct ForwardLayer {
 
   const LayerTable& table;
   const T* weight;
-  T* output;
-  void *u, *v;  // elements of T, or of A
+  void* output;  // elements of T or, for float, of a half type
+  void *u, *v;   // elements of T, or of A
   A *u_saved, *v_saved, *sigma;
   A *residual, *iterations;  // null: not wanted
   char* workspace;
@@ -23,7 +23,7 @@ struct ForwardLayer {
     const ForwardPointers& pointers = arguments.layers[index];
     workspace = global(arguments.workspace);
     weight = global(static_cast<const T*>(pointers.weight));
-    output = global(static_cast<T*>(pointers.output));
+    output = global(pointers.output);
     u = global(pointers.u);
     v = global(pointers.v);
     u_saved = global(static_cast<A*>(arguments.saved)) + table.saved;

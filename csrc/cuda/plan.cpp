@@ -264,6 +264,7 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
     table.target = layer.scale;
     table.slack = slack_of_vectors(layer.dtype, layer.wide_vectors);
     table.n_power_iterations = layer.n_power_iterations;
+    table.output_dtype = layer.output_dtype;
     table.wide_vectors = layer.wide_vectors;
     table.soft = layer.soft;
     table.saved = places.saved[i];
@@ -275,7 +276,8 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
     stages.push_back(stages_of(passes_of(layer, update, table.row_group == kWide)));
     last_stage = std::max(last_stage, stages.back().size());
     rows.push_back({i, Kind::kRows, shape.rows, shape.columns() * size, 1});
-    elements.push_back({i, Kind::kScale, shape.numel(), 2 * size, kGranule});
+    elements.push_back(
+        {i, Kind::kScale, shape.numel(), size + element_size(layer.output_dtype), kGranule});
     elements.push_back({i, Kind::kVectors, shape.rows + shape.columns(),
                         2 * (size + compute_size(layer.dtype)), kGranule});
   }
@@ -351,12 +353,14 @@ Plan plan_backward(const std::vector<LayerGradient>& layers, const Places& place
     plan.layers[i].target = layers[i].scale;
     plan.layers[i].soft = layers[i].soft;
     plan.layers[i].detach_sigma = layers[i].detach_sigma;
+    plan.layers[i].widen = layers[i].grad_dtype != layers[i].dtype;
     dots.push_back({i, Kind::kDot, shape.numel(), 2 * size, kGranule});
     if (shape.column_order.count > 0) {
       dots.push_back(
           {i, Kind::kOrder, shape.columns(), 2 * compute_size(layers[i].dtype), kGranule});
     }
-    updates.push_back({i, Kind::kUpdate, shape.numel(), 2 * size, kGranule});
+    updates.push_back(
+        {i, Kind::kUpdate, shape.numel(), size + element_size(layers[i].grad_dtype), kGranule});
   }
   const std::vector<Ticket> tickets = cut_elements(dots, options);
   for (const Ticket& ticket : tickets) {

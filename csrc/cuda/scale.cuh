@@ -1,36 +1,55 @@
 // The end of the forward: Y = W / (σ / c), the vectors into their buffers and saved copies, and how
 // far the iterations went. Where σ is zero there is nothing to divide by: the weight is passed
 // through and the vectors stay as they were. A soft bound passes the weight through, too, but not
-// the vectors. An output may be its weight: whoever reads an element also writes it.
+// the vectors. An output may be its weight: whoever reads an element also writes it. Of a float32
+// weight it may have a half type.
 #pragma once
+
+#include <type_traits>
 
 #include "layer.cuh"
 
 namespace spectral_ext::cuda {
 
-template <class T>
-__device__ __forceinline__ void scale_elements(const ForwardLayer<T>& layer, const Piece& piece) {
+template <class T, class Y>
+__device__ __forceinline__ void scale_elements_into(Y* y, const ForwardLayer<T>& layer,
+                                                    const Piece& piece) {
   using A = compute_t<T>;
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kLanes = Vector<Y>::kLanes, kLoaded = Vector<T>::kLanes;
   const A sigma = layer.find_sigma();
   const A divisor = is_left_alone(layer.table, sigma)
                         ? A(1)
                         : static_cast<A>(static_cast<double>(sigma) / layer.table.target);
   const T* const w = layer.weight;
-  T* const y = layer.output;
   int64_t i = piece.begin + thread_index();  // pieces begin at whole vectors
   if (is_aligned(w) && is_aligned(y)) {
     const int64_t whole = piece.begin + (piece.end - piece.begin) / kLanes * kLanes;
 #pragma unroll 4
     for (int64_t j = piece.begin + thread_index() * kLanes; j < whole; j += kThreads * kLanes) {
-      Vector<T> x = load_once(w + j);
+      Vector<Y> result;
 #pragma unroll
-      for (int e = 0; e < kLanes; ++e) store(&x.lane[e], to_compute(x.lane[e]) / divisor);
-      store_once(y + j, x);
+      for (int first = 0; first < kLanes; first += kLoaded) {
+        const Vector<T> x = load_once(w + j + first);
+#pragma unroll
+        for (int e = 0; e < kLoaded; ++e)
+          store(&result.lane[first + e], to_compute(x.lane[e]) / divisor);
+      }
+      store_once(y + j, result);
     }
     i = whole + thread_index();
   }
   for (; i < piece.end; i += kThreads) store(y + i, to_compute(w[i]) / divisor);
+}
+
+template <class T>
+__device__ __forceinline__ void scale_elements(const ForwardLayer<T>& layer, const Piece& piece) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (layer.table.output_dtype == DType::kBFloat16)
+      return scale_elements_into(static_cast<BFloat16*>(layer.output), layer, piece);
+    if (layer.table.output_dtype == DType::kFloat16)
+      return scale_elements_into(static_cast<Float16*>(layer.output), layer, piece);
+  }
+  scale_elements_into(static_cast<T*>(layer.output), layer, piece);
 }
 
 /// The residual of the last iteration and how many were made. All threads of the CTA must call it.

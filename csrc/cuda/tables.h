@@ -93,10 +93,12 @@ struct LayerTable {
   int32_t blocks, chunks;
   int32_t row_group;
   int32_t n_power_iterations;
+  DType output_dtype;  // of the forward: that of the weight, or a half type for float32
   bool update, v_first;
   bool wide_vectors;  // u and v have the compute type
   bool soft;          // a weight whose σ is at most the target is left alone
   bool detach_sigma;  // of the backward
+  bool widen;         // of the backward: half outputs have a float32 gradient
 };
 
 struct Tables {

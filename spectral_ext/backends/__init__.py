@@ -13,7 +13,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "name_of", "names", "select", "unavailable"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "Backend",
+    "PreparedForward",
+    "name_of",
+    "names",
+    "select",
+    "unavailable",
+]
 
 ENVIRONMENT_VARIABLE = "SPECTRAL_EXT_BACKEND"
 
@@ -21,29 +29,35 @@ ENVIRONMENT_VARIABLE = "SPECTRAL_EXT_BACKEND"
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _NAMES = ("reference", "cpu", "cuda", "triton")
 
+# What `Backend.prepare` returns: outputs, saved, sigmas and convergence of (update, attached, dtype).
+PreparedForward = Callable[
+    [bool, bool, torch.dtype | None], tuple[list[Tensor], Tensor, Tensor, Tensor]
+]
+
 
 class Backend(Protocol):
     """What a backend module offers. Its operators have the schemas of :mod:`spectral_ext.ops`."""
 
     attach: Callable[..., tuple[list[Tensor], Tensor]] | None
     """The operator whose autograd node calls the backward natively; None: the node in Python does."""
-    prepare: (
-        Callable[..., Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]] | None
-    )
+    prepare: Callable[..., PreparedForward] | None
     """Takes the arguments of ``forward_`` up to ``vs``, and all settings, once.
 
-    The function that it returns takes ``update`` and whether to attach the results to the graph, and
-    does the work of ``allocate``, ``forward_`` and ``attach``: outputs, saved, sigmas, convergence.
-    None: there is no such short cut.
+    The function that it returns takes ``update``, whether to attach the results to the graph, and the dtype
+    that ``allocate`` takes. It does the work of ``allocate``, ``forward_`` and ``attach``: outputs, saved,
+    sigmas, convergence. None: there is no such short cut.
     """
 
     def unavailable(self, device: torch.device | None) -> str | None:
         """Return None if it can run (on ``device``, if given), else the reason in words."""
 
     def allocate(
-        self, weights: Sequence[Tensor], dims: Sequence[int]
+        self, weights: Sequence[Tensor], dims: Sequence[int], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return uninitialized ``outputs``, ``saved`` and ``sigmas`` for a forward."""
+        """Return uninitialized ``outputs``, ``saved`` and ``sigmas`` for a forward.
+
+        A ``dtype``, of half precision, is that of the outputs of float32 weights.
+        """
 
     def forward_(
         self,
@@ -77,8 +91,12 @@ class Backend(Protocol):
         soft: Sequence[bool],
         detach_sigma: Sequence[bool],
         mask: Sequence[bool],
+        widen: Sequence[bool],
     ) -> list[Tensor]:
-        """Return the gradients of the weights for which ``mask`` is true."""
+        """Return the gradients of the weights for which ``mask`` is true.
+
+        ``widen``, which may be empty, is true for half outputs of float32 weights.
+        """
 
 
 def names() -> tuple[str, ...]:

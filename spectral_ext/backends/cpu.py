@@ -1,12 +1,12 @@
 """The native CPU backend: C++ kernels registered for ``spectral_ext::*`` in ``csrc/ops.cpp``."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import ops  # noqa: F401  (the schemas come first)
+from . import PreparedForward
 
 try:
     from .. import _C
@@ -34,13 +34,11 @@ def prepare(
     scales: list[float],
     soft: list[bool],
     detach_sigma: list[bool],
-) -> Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]:
+) -> PreparedForward:
     """Unpack the arguments of a call that will be made again and again; see ``csrc/call.cpp``."""
     settings = (dims, n_power_iterations, eps, v_first, tols, scales, soft, detach_sigma)
     call = torch.classes.spectral_ext.Call(weights, us, vs, *settings)
-    return cast(
-        "Callable[[bool, bool], tuple[list[Tensor], Tensor, Tensor, Tensor]]", call.normalize
-    )
+    return cast(PreparedForward, call.normalize)
 
 
 def empty_cache() -> int:

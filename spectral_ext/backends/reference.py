@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..layout import allocate, split_saved
+from ..layout import allocate, grad_dtypes, split_saved, without_autocast
 from ..validation import check_layer
 
 __all__ = ["allocate", "attach", "backward", "forward_", "prepare", "unavailable"]
@@ -44,19 +44,20 @@ def forward_(
         check_layer(f"weights[{i}]", weight, u, v, dims[i])  # torch would broadcast and convert
     saved_vectors = split_saved(saved, outputs, dims)
     for i, (u_saved, v_saved) in enumerate(saved_vectors):
-        result = reference.spectral_normalize(
-            weights[i],
-            us[i],
-            vs[i],
-            n_power_iterations=n_power_iterations[i],
-            eps=eps[i],
-            dim=dims[i],
-            order="v_first" if v_first[i] else "u_first",
-            tol=tols[i],
-            scale=scales[i],
-            soft=soft[i],
-            update=update,
-        )
+        with without_autocast(weights[i].device):
+            result = reference.spectral_normalize(
+                weights[i],
+                us[i],
+                vs[i],
+                n_power_iterations=n_power_iterations[i],
+                eps=eps[i],
+                dim=dims[i],
+                order="v_first" if v_first[i] else "u_first",
+                tol=tols[i],
+                scale=scales[i],
+                soft=soft[i],
+                update=update,
+            )
         outputs[i].copy_(result.weight)
         sigmas[i].copy_(result.sigma)
         if convergence.numel() > 0:
@@ -80,9 +81,11 @@ def backward(
     soft: Sequence[bool],
     detach_sigma: Sequence[bool],
     mask: Sequence[bool],
+    widen: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of the masked weights; differentiable, unlike the native ones."""
     saved_vectors = split_saved(saved, outputs, dims)
+    dtypes = grad_dtypes(outputs, widen)
     return [
         reference.backward(
             grad_outputs[i],
@@ -95,6 +98,7 @@ def backward(
             scale=scales[i],
             soft=soft[i],
             detach_sigma=detach_sigma[i],
+            dtype=dtypes[i],
         )
         for i, (u, v) in enumerate(saved_vectors)
         if mask[i]

@@ -67,6 +67,7 @@ def fuse(
     bucket_mb: float | None = None,
     update: Update = "forward",
     check_finite: bool = False,
+    autocast: bool = False,
     backend: str | None = None,
 ) -> SpectralGroup:
     """Compute all spectral norms of a model together, in one native call for each forward.
@@ -100,6 +101,10 @@ def fuse(
             change by hand through ``weight.data`` needs ``group.invalidate()``. ``"manual"``: ``u`` and
             ``v`` advance by ``group.iterate()`` alone. Code that ``torch.compile`` has made computes in
             every forward in all cases.
+        autocast: under ``torch.autocast`` write float32 weights in its dtype at once, instead of float32
+            which every layer casts: less memory, and half the gradient to read. σ, ``u``, ``v`` and the
+            gradients of the weights stay float32. For models whose normalized layers are all of those
+            that autocast runs in half precision.
         check_finite: note on the device where a σ is not finite, for ``group.check()`` to raise.
         backend: see :func:`spectral_ext.functional.spectral_normalize`.
 
@@ -139,7 +144,12 @@ def fuse(
             _restore(found.module, found.tensor_name, norm)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
     group = SpectralGroup(
-        layers, backend=backend, bucket_mb=bucket_mb, update=update, check_finite=check_finite
+        layers,
+        backend=backend,
+        bucket_mb=bucket_mb,
+        update=update,
+        check_finite=check_finite,
+        autocast=autocast,
     )
     if not any(is_fused(cls) for cls in type(model).__mro__):
         if parametrize.is_parametrized(model):

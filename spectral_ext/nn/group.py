@@ -36,6 +36,7 @@ class SpectralGroup:
             of the first layers are not waited for; None for one node.
         update: when ``u``, ``v`` and the weights are computed; see :func:`spectral_ext.fuse`.
         check_finite: let :meth:`check` raise where a σ was not finite.
+        autocast: write the weights in the dtype of ``torch.autocast``; see :func:`spectral_ext.fuse`.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class SpectralGroup:
         bucket_mb: float | None = None,
         update: Update = "forward",
         check_finite: bool = False,
+        autocast: bool = False,
     ) -> None:
         self.backend = backend
         self.bucket_mb = bucket_mb
         self.update = update
         self.check_finite = check_finite
+        self.autocast = autocast
         self._layers = list(layers)
         self._plan: Plan | None = None
         self._unit_sigmas: Tensor | None = None
@@ -147,7 +150,7 @@ class SpectralGroup:
         updates = [True] * len(tensors.weights)
         parts = self._normalize(plan, tensors, list(range(len(updates))), updates)
         if self.update != "forward":
-            self._kept = Kept(plan, tensors, updates, parts)
+            self._kept = Kept(plan, tensors, updates, parts, self._output_dtype(plan))
 
     @torch.no_grad()
     def warm_start(self, n_power_iterations: int = 15) -> None:
@@ -252,6 +255,7 @@ class SpectralGroup:
             bucket_mb=self.bucket_mb,
             update=self.update,
             check_finite=self.check_finite,
+            autocast=self.autocast,
         )
         group._root = weakref.ref(root)
         ours = {id(layer.parametrization) for layer in self._layers}
@@ -279,6 +283,7 @@ class SpectralGroup:
             "bucket_mb": self.bucket_mb,
             "update": self.update,
             "check_finite": self.check_finite,
+            "autocast": self.autocast,
             "layers": [
                 (layer.name, layer.module, layer.tensor_name, layer.parametrization)
                 for layer in self.layers
@@ -294,6 +299,7 @@ class SpectralGroup:
             bucket_mb=state["bucket_mb"],
             update=state.get("update", "forward"),
             check_finite=state.get("check_finite", False),
+            autocast=state.get("autocast", False),
         )
 
     # What happens on entry.
@@ -336,7 +342,14 @@ class SpectralGroup:
             us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
             vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
         results = normalize_layers(
-            weights, us, vs, plan.settings, False, self.backend, self._bucket_bytes
+            weights,
+            us,
+            vs,
+            plan.settings,
+            False,
+            self.backend,
+            self._bucket_bytes,
+            self._output_dtype(plan),
         )
         normalized = plan.with_gains([*results.normalized])
         return Record(plan.index, weights, normalized, [], None)
@@ -345,18 +358,20 @@ class SpectralGroup:
         """Compute one unit again, without update, as autograd sees it."""
         weights, us, vs = tensors.select([place])
         settings = plan.settings.select([place])
-        return normalize_layers(weights, us, vs, settings, False, self.backend).normalized[0]
+        dtype = self._output_dtype(plan)
+        results = normalize_layers(weights, us, vs, settings, False, self.backend, None, dtype)
+        return results.normalized[0]
 
     def _keep(
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
         """Take what was computed since the weights last changed, or compute it; attach it anew."""
         wanted = [mode and self.update == "step" for mode in training]
-        kept = self._kept
-        if kept is None or not kept.serves(plan, tensors, wanted):
+        kept, dtype = self._kept, self._output_dtype(plan)
+        if kept is None or not kept.serves(plan, tensors, wanted, dtype):
             with torch.no_grad():
                 parts = self._normalize(plan, tensors, list(range(len(wanted))), wanted)
-            kept = self._kept = Kept(plan, tensors, wanted, parts)
+            kept = self._kept = Kept(plan, tensors, wanted, parts, dtype)
         normalized: list[Tensor | None] = [None] * len(wanted)
         for results, part in kept.parts:
             for place, weight in zip(part, results.normalized, strict=True):
@@ -437,7 +452,7 @@ class SpectralGroup:
         if call is None:
             return None
         try:
-            results = call(training[0], self._bucket_bytes)
+            results = call(training[0], self._bucket_bytes, self._output_dtype(plan))
         except (TypeError, ValueError):  # the long way knows more, or says which layer it is
             return None
         sigmas = results.sigmas
@@ -459,6 +474,13 @@ class SpectralGroup:
             before = self._not_finite
             self._not_finite = bad if before is None else before | bad.to(before.device)
 
+    def _output_dtype(self, plan: Plan) -> torch.dtype | None:
+        """Return the dtype that autocast wants now, if the group heeds it."""
+        if not self.autocast:
+            return None
+        kind = plan.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
     @property
     def _bucket_bytes(self) -> int | None:
         return None if self.bucket_mb is None else int(self.bucket_mb * 2**20)
@@ -477,7 +499,14 @@ class SpectralGroup:
             settings = plan.settings if whole else plan.settings.select(part)
             try:
                 results = normalize_layers(
-                    weights, us, vs, settings, update, self.backend, self._bucket_bytes
+                    weights,
+                    us,
+                    vs,
+                    settings,
+                    update,
+                    self.backend,
+                    self._bucket_bytes,
+                    self._output_dtype(plan),
                 )
             except Exception:
                 plan.check()  # names the layer, if it is one that does not fit

@@ -9,6 +9,7 @@ the groups which parameters it has.
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -31,12 +32,19 @@ class Kept:
         plan, tensors: what was computed.
         updated: for each unit whether ``u`` and ``v`` were advanced.
         parts: the results.
+        dtype: that of the weights under autocast, if it was heeded.
     """
 
     def __init__(
-        self, plan: Plan, tensors: UnitTensors, updated: list[bool], parts: list[Part]
+        self,
+        plan: Plan,
+        tensors: UnitTensors,
+        updated: list[bool],
+        parts: list[Part],
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.parts = parts
+        self._dtype = dtype
         self._plan, self._updated = plan, updated
         self._state = _state_of(tensors)
         self._attachable = {
@@ -46,10 +54,13 @@ class Kept:
             for i in members
         }
 
-    def serves(self, plan: Plan, tensors: UnitTensors, wanted: list[bool]) -> bool:
+    def serves(
+        self, plan: Plan, tensors: UnitTensors, wanted: list[bool], dtype: torch.dtype | None = None
+    ) -> bool:
         """Return whether nothing has changed, and all that want an update have had it."""
         return (
             plan is self._plan
+            and dtype == self._dtype
             and self._state is not None
             and _state_of(tensors) == self._state
             and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))

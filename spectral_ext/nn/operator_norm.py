@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ..layout import without_autocast
 from ..spectrum.convolution import Convolution
 from ..validation import check_settings
 from .dynamic_class import own_class
@@ -96,6 +97,10 @@ class OperatorNorm(Module):
                 ``_v`` are as they were.
         """
         self._check(weight)
+        with without_autocast(weight.device):
+            return self._normalize(weight)
+
+    def _normalize(self, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         # A copy is what the graph holds, so that an optimizer may step before the backward.
         held = weight.to(dtype, copy=torch.is_grad_enabled() and weight.requires_grad)

@@ -207,7 +207,7 @@ class Emulator:
                 weight = output.copy_(weight)
             layers.append(
                 [
-                    *_dtype_and_shape(output, dims[i]),
+                    *_dtypes_and_shape(weight, output, dims[i]),
                     *(int(u.dtype != weight.dtype), int(v_first[i]), n_power_iterations[i], eps[i]),
                     *(tols[i], scales[i], int(soft[i]), 0, u.stride(0), v.stride(0)),
                     memory.add(f"weight {i}", weight),
@@ -236,7 +236,9 @@ class Emulator:
         soft,
         detach_sigma,
         mask,
+        widen,
     ) -> list[Tensor]:
+        dtypes = layout.grad_dtypes(outputs, widen)
         memory, layers, next_saved, grad_weights = Memory(), [], 0, []
         for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
             place = next_saved
@@ -245,10 +247,10 @@ class Emulator:
                 continue
             if grad is not None and grad.stride() != output.stride():
                 grad = torch.empty_like(output).copy_(grad)
-            grad_weights.append(torch.empty_like(output))
+            grad_weights.append(torch.empty_like(output, dtype=dtypes[i]))
             layers.append(
                 [
-                    *_dtype_and_shape(output, dims[i]),
+                    *_dtypes_and_shape(output, grad_weights[-1], dims[i]),
                     *(0, 0, 1, 1e-12, 0.0, scales[i], int(soft[i]), int(detach_sigma[i]), 1, 1, -1),
                     memory.add(f"output {i}", output),
                     *(-1, -1),
@@ -292,8 +294,9 @@ class Emulator:
         memory.keep(images[0])
 
 
-def _dtype_and_shape(weight: Tensor, dim: int) -> list:
-    return [str(weight.dtype).removeprefix("torch."), *describe(weight, dim)]
+def _dtypes_and_shape(read: Tensor, result: Tensor, dim: int) -> list:
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (read, result)]
+    return [*dtypes, *describe(result, dim)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

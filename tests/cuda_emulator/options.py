@@ -87,11 +87,15 @@ def targets(layers: Sequence[Layer]) -> tuple[list[float], list[bool]]:
 
 
 def forward(
-    backend: emulator.Emulator, layers: Sequence[Layer], update: bool, in_place: bool = False
+    backend: emulator.Emulator,
+    layers: Sequence[Layer],
+    update: bool,
+    in_place: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Results:
-    """Run a forward, into the weights themselves where they can be outputs."""
+    """Run a forward, into the weights themselves where they can be outputs, or into a half dtype."""
     weights, dims = [layer.weight for layer in layers], [layer.dim for layer in layers]
-    outputs, saved, sigmas = backend.allocate(weights, dims)
+    outputs, saved, sigmas = backend.allocate(weights, dims, dtype)
     if in_place:
         pairs = zip(weights, outputs, strict=True)
         outputs = [w if w.stride() == y.stride() else y for w, y in pairs]
@@ -145,6 +149,7 @@ def check(
         soft=soft,
         detach_sigma=[layer.detach_sigma for layer in layers],
         mask=[True] * len(layers),
+        widen=[],
     )
     vectors = split_saved(saved, outputs, dims)
     for i, (layer, old, (u, v)) in enumerate(zip(layers, before, vectors, strict=True)):
@@ -176,6 +181,25 @@ def check(
         size *= max(1.0, layer.bound or layer.scale)
         size += 0.0 if grad_sigma is None else grad_sigma.abs().item()
         stock.check(f"gradient {name}", found[i], gradients[0].to(dtype), gradients[1], size)
+
+
+def check_half_outputs(backend: emulator.Emulator, layers: Sequence[Layer]) -> None:
+    """Check half outputs of float32 weights, or float32 gradients of half outputs."""
+    plain = forward(backend, layers, False)
+    if layers[0].weight.dtype == torch.float32:
+        found = forward(backend, layers, False, dtype=torch.bfloat16).outputs
+        expected = [y.bfloat16() for y in plain.outputs]
+    else:
+        count = len(layers)
+        arguments = ([torch.randn_like(y) for y in plain.outputs], None, *plain[:3])
+        options = ([layer.dim for layer in layers], [1.0] * count, *[[False] * count] * 2)
+        wide, expected = (
+            backend.backward(*arguments, *options, [True] * count, [is_wide] * count)
+            for is_wide in (True, False)
+        )
+        found = [gradient.to(layers[0].weight.dtype) for gradient in wide]
+    for half, other in zip(found, expected, strict=True):
+        stock.check("half output", half, other, other.double())
 
 
 def averaged(layer: Layer) -> Layer:

@@ -30,7 +30,7 @@ struct Run {
 
 /// A layer of either direction. Places of tensors are -1 for those that are not there.
 struct CallLayer {
-  DType dtype;
+  DType dtype, result_dtype;  // of what is read, and of output or grad_weight
   Shape shape;
   bool wide_vectors, v_first;
   int n_power_iterations;
@@ -95,7 +95,8 @@ Call read_call(const char* path) {
   for (CallLayer& layer : call.layers) {
     Shape& shape = layer.shape;
     ColumnOrder& order = shape.column_order;
-    in >> layer.dtype >> shape.outer >> shape.rows >> shape.inner >> order.count;
+    in >> layer.dtype >> layer.result_dtype;
+    in >> shape.outer >> shape.rows >> shape.inner >> order.count;
     for (int d = 0; d < order.count; ++d) in >> order.size[d] >> order.stride[d];
     in >> layer.wide_vectors >> layer.v_first >> layer.n_power_iterations >> layer.eps;
     in >> layer.tol >> layer.scale >> layer.soft >> layer.detach_sigma;
@@ -198,6 +199,7 @@ void run_forward(const Call& call, const std::vector<const CallLayer*>& group, c
     Layer& added = layers.emplace_back();
     added.shape = layer->shape;
     added.dtype = layer->dtype;
+    added.output_dtype = layer->result_dtype;
     added.wide_vectors = layer->wide_vectors;
     added.v_first = layer->v_first;
     added.n_power_iterations = layer->n_power_iterations;
@@ -225,6 +227,7 @@ void run_backward(const Call& call, const std::vector<const CallLayer*>& group,
     LayerGradient& added = layers.emplace_back();
     added.shape = layer->shape;
     added.dtype = layer->dtype;
+    added.grad_dtype = layer->result_dtype;
     added.scale = layer->scale;
     added.soft = layer->soft;
     added.detach_sigma = layer->detach_sigma;

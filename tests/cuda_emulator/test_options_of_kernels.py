@@ -8,8 +8,12 @@ import samples
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_half_outputs import (  # noqa: F401  tests of every backend are collected here once more
+    test_half_outputs_are_the_float_ones_rounded_once,
+    test_weights_of_several_dtypes,
+)
 from test_numeric import DTYPES, ORDERS
-from test_options import (  # noqa: F401  tests of every backend are collected here once more
+from test_options import (  # noqa: F401  and these
     test_a_weight_within_its_bound_is_left_alone,
     test_a_zero_weight_stays_zero_whatever_the_target,
     test_averaged_vectors_count_as_unit_vectors_in_evaluation,

@@ -121,6 +121,7 @@ struct Call {
       float* const sigma = sigmas.data() + place;
       layers.push_back({.shape = {1, rows, columns, {}},
                         .dtype = dtype,
+                        .output_dtype = dtype,
                         .wide_vectors = false,
                         .v_first = false,
                         .n_power_iterations = 1,
@@ -143,6 +144,7 @@ struct Call {
       const bool missing = layers.size() % 4 == 0;
       gradients.push_back({.shape = layers.back().shape,
                            .dtype = dtype,
+                           .grad_dtype = dtype,
                            .scale = scale_of(place),
                            .soft = false,
                            .detach_sigma = false,
@@ -259,6 +261,7 @@ int main() {
            +[](Layer& layer) { layer.scale = 5; },
            +[](Layer& layer) { layer.soft = true; },
            +[](Layer& layer) { layer.wide_vectors = true; },
+           +[](Layer& layer) { layer.output_dtype = DType::kBFloat16; },
        }) {
     Call other;
     change(other.layers[7]);
@@ -271,6 +274,7 @@ int main() {
            +[](LayerGradient& layer) { layer.scale = 5; },
            +[](LayerGradient& layer) { layer.soft = true; },
            +[](LayerGradient& layer) { layer.detach_sigma = true; },
+           +[](LayerGradient& layer) { layer.grad_dtype = DType::kBFloat16; },
        }) {
     Call other;
     change(other.gradients[7]);

@@ -93,7 +93,7 @@ def dot_kernel(
 @triton.jit
 def write_gradient(
     facts, addresses, orders, saved, tile, factor, coefficient,
-    T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    T: tl.constexpr, RESULT_T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """``gW = factor·G − coefficient·u vᵀ`` of a tile of rows."""
@@ -101,7 +101,7 @@ def write_gradient(
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
     grad = as_pointer(addresses + GRAD, T, VECTORS)
-    result = as_pointer(addresses + RESULT, T, VECTORS)
+    result = as_pointer(addresses + RESULT, RESULT_T, VECTORS)
     given = tl.where(tl.load(addresses + GRAD) == 0, 0, rows)
     saved_u = saved + tl.load(facts + SAVED)
     if VECTORS:
@@ -120,13 +120,14 @@ def write_gradient(
         mask_g = (r < given)[:, None] & exist[None, :]
         g = tl.load(grad + offset, mask=mask_g, other=0.0, eviction_policy="evict_first").to(A)
         value = factor * g - along_u[:, None] * v[None, :]
-        tl.store(result + offset, value.to(T), mask=mask)
+        tl.store(result + offset, value.to(RESULT_T), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["saved", "sigmas", "grad_sigmas"])
 def gradient_kernel(
     layers, orders, tiles, pointers, sums, saved, sigmas, grad_sigmas,
-    T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr, HAS_GRAD_SIGMAS: tl.constexpr,
+    T: tl.constexpr, RESULT_T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    HAS_GRAD_SIGMAS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all layers."""
     layer = tl.load(tiles + 2 * tl.program_id(0))
@@ -148,8 +149,10 @@ def gradient_kernel(
             if as_vectors:
                 write_gradient(facts, addresses, orders, saved, tile,
                                factor.to(A), coefficient.to(A),
-                               T, A, LANES, TILES[K][0], TILES[K][1], True)  # fmt: skip
+                               T, RESULT_T, A, LANES,
+                               TILES[K][0], TILES[K][1], True)  # fmt: skip
             else:
                 write_gradient(facts, addresses, orders, saved, tile,
                                factor.to(A), coefficient.to(A),
-                               T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
+                               T, RESULT_T, A, LANES,
+                               TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip

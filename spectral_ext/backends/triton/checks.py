@@ -18,6 +18,7 @@ __all__ = [
     "check_flat",
     "check_memory",
     "check_one_dtype",
+    "check_output",
     "check_same",
     "check_settings",
     "check_target",
@@ -81,10 +82,24 @@ def check_dense(tensor: Tensor, layer: int) -> None:
         raise ValueError(f"the output of layer {layer} must be dense and must not overlap itself")
 
 
-def check_same(tensor: Tensor, like: Tensor, name: str) -> int:
-    """Raise unless a tensor has the device, dtype and shape of another; return its bytes."""
+def check_output(output: Tensor, weight: Tensor, layer: int) -> int:
+    """Raise unless an output fits its weight, which it may be; return its bytes."""
+    name = f"the output of layer {layer}"
+    narrowed = weight.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
+    reach = check_same(output, weight, name, output.dtype if narrowed else None)
+    if not (output.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(output)):
+        raise ValueError(f"{name} must be dense and must not overlap itself")
+    if narrowed and output.stride() != weight.stride():
+        raise ValueError(
+            f"{name} has a half type, for which it must have the strides of its weight"
+        )
+    return reach
+
+
+def check_same(tensor: Tensor, like: Tensor, name: str, dtype: torch.dtype | None = None) -> int:
+    """Raise unless a tensor has device, shape and dtype (or that dtype) of another; return its bytes."""
     reach = check_memory(tensor, like.device, name)
-    if tensor.dtype != like.dtype:
+    if tensor.dtype != (dtype or like.dtype):
         raise TypeError(f"{name} is {_type(tensor)}, expected {_type(like)}")
     if tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(like.shape)}")

@@ -1,7 +1,8 @@
 """What the Triton kernels share: the facts of a layer, exact division, norms, the places of elements.
 
-``T`` is the dtype of a weight, ``A`` the one to compute in: float64 for float64, else float32. ``facts``
-points to the row of a layer in the table of :mod:`.tables`.
+``T`` is the dtype of what is read of a layer, ``RESULT_T`` of what is written, and ``A`` the one to compute
+in: float64 for float64, else float32. They differ where float32 weights have outputs of half precision.
+``facts`` points to the row of a layer in the table of :mod:`.tables`.
 """
 
 import triton

@@ -357,7 +357,7 @@ def write_convergence(facts, sums, convergence, count, A: tl.constexpr):
 @triton.jit
 def divide_rows(
     facts, addresses, tile, sigma,
-    T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    T: tl.constexpr, RESULT_T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """``Y = W / (σ/c)`` of a tile of rows, or ``Y = W`` where that is left alone."""
@@ -365,7 +365,7 @@ def divide_rows(
     columns = tl.load(facts + COLUMNS)
     inner = tl.load(facts + INNER)
     weight = as_pointer(addresses + WEIGHT, T, VECTORS)
-    output = as_pointer(addresses + OUTPUT, T, VECTORS)
+    output = as_pointer(addresses + OUTPUT, RESULT_T, VECTORS)
     if VECTORS:
         inner = tl.multiple_of(inner, LANES)
         columns = tl.multiple_of(columns.to(tl.int32), LANES)
@@ -380,7 +380,7 @@ def divide_rows(
         mask = there[:, None] & (c < columns)[None, :]
         offset = first[:, None] + in_memory(c, rows, inner, VECTORS)[None, :]
         x = tl.load(weight + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(A)
-        tl.store(output + offset, divide(x, by, A).to(T), mask=mask)
+        tl.store(output + offset, divide(x, by, A).to(RESULT_T), mask=mask)
 
 
 @triton.jit
@@ -436,7 +436,7 @@ def write_vectors(
 )
 def divide_kernel(
     layers, orders, tiles, pointers, vectors, sums, saved, sigmas, convergence, count,
-    T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    T: tl.constexpr, RESULT_T: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``Y = W·c / σ`` of all layers, their σ, and u and v as they were when it was taken.
 
@@ -457,9 +457,9 @@ def divide_kernel(
         if kind == K:
             if as_vectors:
                 divide_rows(facts, addresses, tile, sigma,
-                            T, A, LANES, TILES[K][0], TILES[K][1], True)  # fmt: skip
+                            T, RESULT_T, A, LANES, TILES[K][0], TILES[K][1], True)  # fmt: skip
             else:
                 divide_rows(facts, addresses, tile, sigma,
-                            T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
+                            T, RESULT_T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
             write_vectors(facts, addresses, orders, vectors, sums, saved, tile, sigma,
                           u_norm, v_norm, T, A, TILES[K][0], TILES[K][1])  # fmt: skip

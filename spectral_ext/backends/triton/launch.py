@@ -19,13 +19,15 @@ from .backward_kernels import dot_kernel, gradient_kernel
 from .forward_kernels import divide_kernel, half_step_kernel
 from .tables import LayerFacts, Tables, backward_tables, forward_tables
 
-__all__ = ["Layer", "constants_of", "options_of", "run_backward", "run_forward"]
+__all__ = ["Layer", "constants_of", "options_of", "result_constant", "run_backward", "run_forward"]
 
 
 class Layer(NamedTuple):
     """A layer of a call: what its table depends on, and what changes."""
 
     dtype: torch.dtype
+    result_dtype: torch.dtype
+    """Of the output or, in the backward, of the gradient."""
     facts: LayerFacts
     addresses: tuple[int, ...]
     """Forward: of weight, output, u and v. Backward: of gradient (or 0), output and result."""
@@ -75,6 +77,7 @@ def run_forward(
                 convergence,
                 len(convergence) // 2,
                 **group.constants,
+                **group.result,
             )
 
 
@@ -100,6 +103,7 @@ def run_backward(
                 sigmas if grad_sigmas is None else grad_sigmas,
                 HAS_GRAD_SIGMAS=grad_sigmas is not None,
                 **group.constants,
+                **group.result,
             )
 
 
@@ -119,6 +123,7 @@ class _Group:
         self.vectors = torch.empty(self.tables.vectors, dtype=dtype, device=device)
         self.sums = torch.empty(self.tables.sums, dtype=torch.float64, device=device)
         self.constants = {**constants_of(layers[0].dtype, dtype), **options_of(dtype)}
+        self.result = result_constant(layers[0].result_dtype)
 
 
 def constants_of(dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -130,15 +135,20 @@ def constants_of(dtype: torch.dtype, compute_dtype: torch.dtype) -> dict[str, An
     }
 
 
+def result_constant(dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the kernels that write a result are compiled for besides."""
+    return {"RESULT_T": _DTYPES[dtype]}
+
+
 def options_of(compute_dtype: torch.dtype) -> dict[str, int]:
     """Return how the kernels are compiled."""
     return {"num_warps": _WARPS[compute_dtype], "maxnreg": _REGISTERS}
 
 
 def _by_dtype(layers: Sequence[Layer]) -> list[list[Layer]]:
-    groups: dict[torch.dtype, list[Layer]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype], list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(layer.dtype, []).append(layer)
+        groups.setdefault((layer.dtype, layer.result_dtype), []).append(layer)
     return list(groups.values())
 
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...layout import matrix_shape
+from ...layout import grad_dtypes, matrix_shape
 from .checks import (
     Overlaps,
     check_count,
@@ -14,6 +14,7 @@ from .checks import (
     check_flat,
     check_memory,
     check_one_dtype,
+    check_output,
     check_same,
     check_settings,
     check_target,
@@ -32,7 +33,11 @@ shape_of = cache(Shape.of)
 
 def are_same(weight: Tensor, output: Tensor) -> bool:
     """Return whether a weight and its output are one tensor: the weight is normalized in place."""
-    return weight.data_ptr() == output.data_ptr() and weight.stride() == output.stride()
+    return (
+        weight.data_ptr() == output.data_ptr()
+        and weight.dtype == output.dtype
+        and weight.stride() == output.stride()
+    )
 
 
 @torch.no_grad()
@@ -67,8 +72,7 @@ def forward_(
         reach = check_tensor(weight, device, dtype, i, "the weight")
         if not are_same(weight, output):
             overlaps.add(weight, reach, weight_name, False)
-        overlaps.add(output, check_same(output, weight, output_name), output_name, True)
-        check_dense(output, i)
+        overlaps.add(output, check_output(output, weight, i), output_name, True)
         check_settings(n_power_iterations[i], eps[i], tols[i], i)
         check_target(scales[i], i)
         dim = checked_dim(weight, dims[i], i)
@@ -95,7 +99,7 @@ def forward_(
             update=update,
         )
         addresses = (source.data_ptr(), output.data_ptr(), u.data_ptr(), v.data_ptr())
-        layers.append(Layer(weight.dtype, facts, addresses))
+        layers.append(Layer(weight.dtype, output.dtype, facts, addresses))
         place += rows + columns
     overlaps.add(saved, check_flat(saved, place, dtype, device, "saved"), "saved", True)
     overlaps.add(sigmas, check_flat(sigmas, count, dtype, device, "sigmas"), "sigmas", True)
@@ -125,12 +129,15 @@ def backward(
     soft: Sequence[bool],
     detach_sigma: Sequence[bool],
     mask: Sequence[bool],
+    widen: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of the weights for which ``mask`` is true."""
     count, device, dtype = len(outputs), saved.device, common_dtype(outputs)
     settings = {"dims": dims, "scales": scales, "soft": soft, "detach_sigma": detach_sigma}
     for name, values in {"grad_outputs": grad_outputs, **settings, "mask": mask}.items():
         check_count(values, count, name)
+    if widen:
+        check_count(widen, count, "widen")
     places = []
     place = 0
     for i, (output, grad) in enumerate(zip(outputs, grad_outputs, strict=True)):
@@ -148,6 +155,7 @@ def backward(
         grad_sigmas = grad_sigmas.contiguous()
         check_flat(grad_sigmas, count, dtype, device, "grad_sigmas")
 
+    dtypes = grad_dtypes(outputs, widen)
     results: list[Tensor] = []
     layers: list[Layer] = []
     kept: list[Tensor] = []  # alive until all launches are in the stream
@@ -157,7 +165,7 @@ def backward(
         if grad is not None and grad.stride() != output.stride():
             grad = torch.empty_like(output).copy_(grad)
             kept.append(grad)
-        result = torch.empty_like(output)
+        result = torch.empty_like(output, dtype=dtypes[i])
         results.append(result)
         facts = LayerFacts(
             shape_of(output.shape, output.stride(), dims[i] % output.ndim),
@@ -169,6 +177,6 @@ def backward(
             detach_sigma[i],
         )
         addresses = (0 if grad is None else grad.data_ptr(), output.data_ptr(), result.data_ptr())
-        layers.append(Layer(output.dtype, facts, addresses))
+        layers.append(Layer(output.dtype, result.dtype, facts, addresses))
     run_backward(layers, saved, sigmas, grad_sigmas)
     return results
