@@ -170,8 +170,8 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), fifths[0], fifths[3]
 
 
-def print_peak(name: str) -> None:
-    """Print the bytes by which a first forward+backward of ours raises the peak resident size.
+def print_peak(name: str, fused: bool = True) -> None:
+    """Print the bytes by which a first forward+backward, ours or stock's, raises the peak resident size.
 
     Runs in a process of its own; a tiny model goes first and takes what is allocated only once.
     """
@@ -182,7 +182,8 @@ def print_peak(name: str) -> None:
 
     for shapes in ([{"name": "tiny", "shape": [8, 8], "dim": 0}], SHAPES[name]):
         model = Weights(shapes)
-        spectral_ext.fuse(model)
+        if fused:
+            spectral_ext.fuse(model)
         parameters = list(model.parameters())
         grads = random_like(parameters)
         ctypes.CDLL(None).malloc_trim(0)  # free memory of the set-up must not serve the call
@@ -262,10 +263,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to update")
     parser.add_argument("--peak-of", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak_of:
-        print_peak(args.peak_of)
+        print_peak(args.peak_of, fused=not args.stock)
         return 0
 
     console = Console(width=max(100, Console().width))  # names are not cut short in a pipe
