@@ -178,7 +178,7 @@ def unfuse(model: Module) -> Module:
         group = root.__dict__.get(GROUP)
         if group is None:
             continue
-        for layer in group.of(root).layers:
+        for layer in group.of(root).registered:
             group = root.__dict__[GROUP]
             group.release(layer.parametrization)
             _restore(layer.module, layer.tensor_name, layer.parametrization)
@@ -282,7 +282,7 @@ def _leave_group(norm: SpectralNorm) -> None:
         return
     group.release(norm)
     root = group.root
-    if root is not None and not group.layers and root.__dict__.get(GROUP) is group:
+    if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
         _unwrap(root)
 
 

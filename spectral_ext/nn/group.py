@@ -67,9 +67,14 @@ class SpectralGroup:
         self.visible = Visible()
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def registered(self) -> tuple[Layer, ...]:
         """The layers that are still registered."""
         return tuple(layer for layer in self._layers if layer.is_registered())
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those that the group computes: all but pruned ones, whose weights are made by a hook."""
+        return tuple(layer for layer in self.registered if layer.is_direct())
 
     @property
     def sigmas(self) -> Tensor:
@@ -286,7 +291,7 @@ class SpectralGroup:
             "autocast": self.autocast,
             "layers": [
                 (layer.name, layer.module, layer.tensor_name, layer.parametrization)
-                for layer in self.layers
+                for layer in self.registered
             ],
             "sigmas": self._unit_sigmas,
         }

@@ -214,9 +214,12 @@ class SpectralNorm(StockSpectralNorm):
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""
         record = None if self._visible is None else self._visible.record
-        if record is None or record.weights[self._place] is not weight:
+        place = self._place
+        if record is None or not 0 <= place < len(record.weights):
             return None
-        normalized = record.normalized[self._place]
+        if record.weights[place] is not weight:
+            return None
+        normalized = record.normalized[place]
         wants_grad = torch.is_grad_enabled() and weight.requires_grad
         if normalized is None or (wants_grad and not normalized.requires_grad):
             return None

@@ -70,6 +70,13 @@ class Layer:
         found = parametrization_lists(self.module).get(self.tensor_name)
         return found is not None and found._modules.get("0") is self.parametrization
 
+    def is_direct(self) -> bool:
+        """Return whether its weight is at hand, and is not made by a hook before the parametrization.
+
+        Such a hook is what ``torch.nn.utils.prune`` puts on the original of a parametrized weight.
+        """
+        return not parametrization_lists(self.module)[self.tensor_name]._forward_pre_hooks
+
     def is_alone(self) -> bool:
         """Return whether no other parametrization is stacked on this one."""
         return len(parametrization_lists(self.module)[self.tensor_name]) == 1
@@ -102,7 +109,7 @@ class Plan:
     """What an entry of a group reads. A *unit* is one weight; tied layers share theirs.
 
     Attributes:
-        layers: the layers that are still registered.
+        layers: the layers that are still registered and have their weights at hand.
         unit_of_layer: for each layer the place of its unit.
         index: the same by ``id`` of the parametrization.
         settings: of the units.
@@ -113,7 +120,8 @@ class Plan:
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = [layer for layer in layers if layer.is_registered()]
+        registered = [layer for layer in layers if layer.is_registered()]
+        self.layers = [layer for layer in registered if layer.is_direct()]
         self._lists = [
             parametrization_lists(layer.module)[layer.tensor_name] for layer in self.layers
         ]
@@ -133,6 +141,9 @@ class Plan:
         }
         for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True):
             p.__dict__["_place"] = unit
+        indirect = [layer for layer in registered if not layer.is_direct()]
+        for layer in indirect:
+            layer.parametrization.__dict__["_place"] = -1
         # The first layer of every unit stands for it.
         units = range(max(self.unit_of_layer, default=-1) + 1)
         self._leads = [self.unit_of_layer.index(unit) for unit in units]
@@ -165,6 +176,10 @@ class Plan:
             (p._parameters, "gain", p.learned_gain)
             for p in self._parametrizations
             if p.learned_gain is not None
+        ]
+        places += [  # until what was taken from them is a parameter again
+            (parametrization_lists(layer.module)[layer.tensor_name]._parameters, "original", None)
+            for layer in indirect
         ]
         self._places: tuple[tuple[Any, ...], ...] = tuple(zip(*places, strict=True))
 
