@@ -1,0 +1,133 @@
+"""One small model of each client, made by the package's own classes, with inputs that it takes.
+
+A builder imports its package itself, since a package may be absent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MODELS", "Model"]
+
+
+@dataclass(frozen=True)
+class Model:
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[object, ...]]
+    layout: str
+    """Which of stock's spectral norms the package uses."""
+    normalized: int
+    """How many layers have one."""
+    repeats: bool = False
+    """Whether a forward reads some weights several times, each of which iterates in stock."""
+    unused: str | None = None
+    """A normalized layer that no forward uses: stock never iterates it, a fused model always."""
+
+
+def deel_torchlip() -> nn.Module:
+    """Its Björck iteration is a second parametrization, on top of stock's spectral norm."""
+    from deel import torchlip
+
+    return nn.Sequential(
+        torchlip.SpectralConv2d(3, 8, 3),
+        torchlip.GroupSort2(),
+        torchlip.ScaledAvgPool2d(2),
+        nn.Flatten(),
+        torchlip.SpectralLinear(8 * 3 * 3, 6),
+        torchlip.GroupSort2(),
+        torchlip.SpectralLinear(6, 1),
+    )
+
+
+def dgmr() -> nn.Module:
+    """One of the two discriminators of a precipitation nowcasting GAN; eps is 1e-4."""
+    from dgmr import TemporalDiscriminator
+
+    return TemporalDiscriminator(input_channels=1, num_layers=1)
+
+
+def espnet() -> nn.Module:
+    """HiFi-GAN: spectral norm at the first scale, stock's weight norm at the others."""
+    from espnet2.gan_tts.hifigan import HiFiGANMultiScaleDiscriminator
+
+    return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)
+
+
+def parallel_wavegan() -> nn.Module:
+    from parallel_wavegan.models import HiFiGANMultiScaleDiscriminator
+
+    return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)
+
+
+_HIFIGAN = {
+    "scales": 2,
+    "discriminator_params": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "kernel_sizes": [5, 5, 5, 3],
+        "channels": 4,
+        "max_downsample_channels": 16,
+        "max_groups": 4,
+        "bias": True,
+        "downsample_scales": [2, 2],
+        "nonlinear_activation": "LeakyReLU",
+        "nonlinear_activation_params": {"negative_slope": 0.1},
+    },
+    "follow_official_norm": True,
+}
+
+
+def pytorch_pretrained_biggan() -> nn.Module:
+    """BigGAN's generator: convolutions, linear layers, an embedding, attention."""
+    from pytorch_pretrained_biggan import BigGAN, BigGANConfig
+
+    model = BigGAN(
+        BigGANConfig(
+            output_dim=32,
+            z_dim=8,
+            class_embed_dim=8,
+            channel_width=4,
+            num_classes=5,
+            layers=[(False, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)],
+            attention_layer_position=2,
+            n_stats=3,
+        )
+    )
+    # The package leaves these to a checkpoint, and the memory as it finds it.
+    nn.init.ones_(model.generator.bn.weight)
+    nn.init.zeros_(model.generator.bn.bias)
+    return model
+
+
+def sngp() -> nn.Module:
+    """The normalized layer has a fixed random weight, which does not require a gradient."""
+    from sngp import SNGP
+
+    return SNGP(3, nn.Sequential(nn.Linear(6, 16), nn.ReLU()), 16, 32)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def noise_and_classes() -> tuple[object, ...]:
+    return noise(4, 8), torch.eye(5, dtype=torch.float64)[:4], 0.5
+
+
+MODELS = {
+    "deel-torchlip": Model(deel_torchlip, lambda: (noise(4, 3, 8, 8),), "parametrization", 3),
+    "dgmr": Model(
+        dgmr,
+        lambda: (noise(4, 4, 1, 64, 64),),
+        "parametrization",
+        13,
+        repeats=True,
+        unused="d_last.conv_1x1",
+    ),
+    "espnet": Model(espnet, lambda: (noise(2, 1, 256),), "hook", 5),
+    "parallel-wavegan": Model(parallel_wavegan, lambda: (noise(2, 1, 256),), "hook", 5),
+    "pytorch-pretrained-biggan": Model(pytorch_pretrained_biggan, noise_and_classes, "hook", 54),
+    "sngp": Model(sngp, lambda: (noise(8, 6),), "hook", 1),
+}

@@ -1,0 +1,153 @@
+"""Models of other people's packages go on as they were when they are fused.
+
+`python tests/clients/install.py` installs the packages; one that is absent is skipped with pip's word.
+"""
+
+import importlib
+import json
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from client_models import MODELS, Model
+from clients import CLIENTS
+from install import REPORT
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import spectral_ext
+
+STEPS = 5
+# What rounding becomes in so many steps, relative to the largest entry.
+RTOL = 1e-9
+
+
+def require(name: str) -> None:
+    """Skip unless a package is there, and say why it is not."""
+    failures = json.loads(REPORT.read_text()) if REPORT.exists() else {}
+    if name in failures:
+        pytest.skip(f"{name} could not be installed: {failures[name]}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package's own affairs
+        try:
+            importlib.import_module(CLIENTS[name].module)
+        except Exception as error:
+            pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
+
+
+@pytest.fixture(params=MODELS)
+def client(request: pytest.FixtureRequest) -> Model:
+    require(request.param)
+    return MODELS[request.param]
+
+
+def build(client: Model) -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its hooks are old
+        return client.build().double()
+
+
+def forward(model: nn.Module, inputs: tuple[object, ...]) -> Tensor:
+    """Return all of what a model gives, which may be lists of lists, as one tensor."""
+
+    def leaves(output: object) -> list[Tensor]:
+        if isinstance(output, Tensor):
+            return [output.flatten()]
+        if isinstance(output, (list, tuple)):
+            return [leaf for part in output for leaf in leaves(part)]
+        return []
+
+    return torch.cat(leaves(model(*inputs)))
+
+
+def train(model: nn.Module, client: Model, stock: bool) -> list[float]:
+    """Return the losses of some steps."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 2e-3, momentum=0.9)
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(STEPS):
+        # A fused model computes a weight once in a forward, which is what this does in stock.
+        once = parametrize.cached() if stock and client.repeats else nullcontext()
+        with once:
+            loss = (forward(model, client.inputs()) - 0.3).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_checkpoint(
+    found: dict[str, Tensor], expected: dict[str, Tensor], unused: str | None
+) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        if unused is not None and key.startswith(f"{unused}.") and key.endswith(("_u", "_v")):
+            assert not torch.equal(found[key], value)
+            continue
+        scale = max(value.double().abs().max().item(), 1e-3)
+        torch.testing.assert_close(
+            found[key], value, rtol=0, atol=RTOL * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_a_client_trains_the_same_when_it_is_fused(client):
+    stock, fused = build(client), build(client)
+    group = spectral_ext.fuse(fused)
+    assert len(group.layers) == client.normalized
+
+    first = {key: value.clone() for key, value in stock.state_dict().items()}
+    expected, found = train(stock, client, stock=True), train(fused, client, stock=False)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=RTOL, atol=0)
+    assert len(set(expected)) == STEPS
+
+    checkpoint = spectral_ext.stock_state_dict(fused, layout=client.layout)
+    assert_same_checkpoint(checkpoint, stock.state_dict(), client.unused)
+    vectors = [key for key in first if key.endswith("_u")]
+    assert len(vectors) == client.normalized
+    for key in vectors:  # one entry alone is ±1 forever
+        assert checkpoint[key].numel() == 1 or not torch.equal(first[key], checkpoint[key])
+
+    inputs = client.inputs()
+    with torch.no_grad():
+        answer = forward(fused.eval(), inputs)
+        again = build(client).eval()
+        again.load_state_dict(checkpoint)
+        torch.testing.assert_close(forward(again, inputs), answer, rtol=RTOL, atol=RTOL)
+        taken = build(client).eval()
+        spectral_ext.fuse(taken)
+        taken.load_state_dict(stock.state_dict())
+        torch.testing.assert_close(forward(taken, inputs), answer, rtol=RTOL, atol=RTOL)
+
+    spectral_ext.unfuse(fused)
+    assert type(fused) is type(stock)
+    assert list(fused.state_dict()) == list(first)
+
+
+def test_what_normalizes_by_its_own_code_is_left_alone():
+    """normflows has the induced norms of residual flows: a soft bound, and mixed norms, of its own.
+
+    Stock's layers are told by their class, and what only looks alike is not taken: the package reads and
+    writes its own `u`, `v` and `scale` in its forward. Fuse says so and changes nothing.
+    """
+    require("normflows")
+    from normflows.nets.lipschitz import LipschitzMLP
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        net = LipschitzMLP([3, 8, 3], init_zeros=False).double()
+        net(torch.randn(4, 3, dtype=torch.float64))
+        return net
+
+    net, other = model(), model()
+    with pytest.raises(ValueError, match="LipschitzMLP has no spectral norm to fuse"):
+        spectral_ext.fuse(net)
+    assert type(net) is type(other)
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.equal(net(inputs), other(inputs))
+    for key, value in other.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value)
