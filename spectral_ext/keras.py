@@ -8,22 +8,28 @@ kernel stays what the optimizer made of it, and the layer runs with ``W/σ``.
 import math
 from typing import Any
 
-import keras
 import torch
-from keras.src.backend import AutocastScope  # not public, and there is no other way to its end
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .functional import spectral_normalize
 from .layout import compute_dtype
 
-__all__ = ["SpectralNormalization"]
-
+_HINT = "set KERAS_BACKEND=torch before importing keras"
+try:
+    import keras
+    from keras.src.backend import AutocastScope  # not public, and there is no other way to its end
+except ModuleNotFoundError as error:
+    if error.name == "keras":
+        raise
+    raise ImportError(f"Keras cannot import its backend: {error}; {_HINT}") from error
 if keras.config.backend() != "torch":
     raise ImportError(
-        "spectral_ext.keras is for Keras's torch backend, and the backend is "
-        f"{keras.config.backend()!r}; set KERAS_BACKEND=torch before importing keras"
+        "spectral_ext.keras is for Keras on torch, and "
+        f"its backend is {keras.config.backend()!r}; {_HINT}"
     )
+
+__all__ = ["SpectralNormalization"]
 
 _WARM_START = 15  # iterations, as many as stock PyTorch makes at construction
 
