@@ -1,8 +1,8 @@
 """What docs/regularisers.md says, statement by statement."""
 
 import re
-from pathlib import Path
 
+import pages
 import pytest
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import spectral_ext
 from spectral_ext.nn.projection import SpectralProjection
 
-PAGE = (Path(__file__).parent.parent / "docs" / "regularisers.md").read_text()
-BLOCKS = re.findall(r"^## (.+?)$(?:(?!^## ).)*?^```python\n(.*?)^```$", PAGE, re.M | re.S)
+PAGE = pages.read("regularisers.md")
+BLOCKS = [(title, code) for title, blocks in pages.sections(PAGE).items() for code in blocks]
 TYPE = torch.float64
 RATE, DECAY = 0.1, 0.3
 
