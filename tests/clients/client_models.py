@@ -120,7 +120,7 @@ MODELS = {
     "deel-torchlip": Model(deel_torchlip, lambda: (noise(4, 3, 8, 8),), "parametrization", 3),
     "dgmr": Model(
         dgmr,
-        lambda: (noise(4, 4, 1, 64, 64),),
+        lambda: (noise(4, 8, 1, 32, 32),),
         "parametrization",
         13,
         repeats=True,
