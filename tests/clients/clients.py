@@ -16,7 +16,6 @@ class Client:
     that are installed without their dependencies, ``whole`` those that come with them.
     """
 
-    module: str
     alone: tuple[str, ...]
     whole: tuple[str, ...] = ()
     native: bool = False
@@ -24,22 +23,20 @@ class Client:
 
 
 CLIENTS = {
-    "deel-torchlip": Client("deel.torchlip", ("deel-torchlip==1.0.5",)),
+    "deel-torchlip": Client(("deel-torchlip==1.0.5",)),
     "dgmr": Client(
-        "dgmr",
         ("dgmr==1.4.4", "pytorch-msssim==1.0.0"),
         ("einops", "huggingface-hub", "pytorch-lightning", "safetensors", "torchvision"),
         native=True,
     ),
-    "espnet": Client("espnet2.gan_tts.hifigan", ("espnet==202511",)),
-    "normflows": Client("normflows", ("normflows==1.7.3",)),
+    "espnet": Client(("espnet==202511",)),
+    "normflows": Client(("normflows==1.7.3",)),
     # Its set-up imports pip, which an isolated build does not have, and the package a name that scipy has
     # no longer. The discriminators are the same as espnet's, which are by the same author.
-    "parallel-wavegan": Client("parallel_wavegan.models", ("parallel-wavegan==0.6.1",)),
+    "parallel-wavegan": Client(("parallel-wavegan==0.6.1",)),
     "pytorch-pretrained-biggan": Client(
-        "pytorch_pretrained_biggan",
         ("pytorch-pretrained-biggan==0.1.1",),
         ("boto3", "requests", "tqdm"),
     ),
-    "sngp": Client("sngp", ("SNGP==0.7",)),
+    "sngp": Client(("SNGP==0.7",)),
 }

@@ -3,7 +3,6 @@
 `python tests/clients/install.py` installs the packages; one that is absent is skipped with pip's word.
 """
 
-import importlib
 import json
 import warnings
 from contextlib import nullcontext
@@ -12,7 +11,8 @@ import pytest
 import torch
 from client_models import MODELS, Model
 from clients import CLIENTS
-from install import REPORT
+from install import FIXED, REPORT, is_there, pip
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,12 +28,10 @@ def require(name: str) -> None:
     failures = json.loads(REPORT.read_text()) if REPORT.exists() else {}
     if name in failures:
         pytest.skip(f"{name} could not be installed: {failures[name]}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package's own affairs
-        try:
-            importlib.import_module(CLIENTS[name].module)
-        except Exception as error:
-            pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
+    wanted = CLIENTS[name].alone + CLIENTS[name].whole
+    missing = [r for r in wanted if not is_there(Requirement(r))]
+    if missing:
+        pytest.skip(f"{name}: no {', '.join(missing)} here; python tests/clients/install.py")
 
 
 @pytest.fixture(params=MODELS)
@@ -45,7 +43,7 @@ def client(request: pytest.FixtureRequest) -> Model:
 def build(client: Model) -> nn.Module:
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that its hooks are old
+        warnings.simplefilter("ignore")  # the packages' own affairs, and that torch's hooks are old
         return client.build().double()
 
 
@@ -135,7 +133,9 @@ def test_what_normalizes_by_its_own_code_is_left_alone():
     writes its own `u`, `v` and `scale` in its forward. Fuse says so and changes nothing.
     """
     require("normflows")
-    from normflows.nets.lipschitz import LipschitzMLP
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from normflows.nets.lipschitz import LipschitzMLP
 
     def model() -> nn.Module:
         torch.manual_seed(0)
@@ -151,3 +151,14 @@ def test_what_normalizes_by_its_own_code_is_left_alone():
     assert torch.equal(net(inputs), other(inputs))
     for key, value in other.state_dict().items():
         assert torch.equal(net.state_dict()[key], value)
+
+
+def test_why_a_package_is_not_there_is_pips_word():
+    failure = pip("--no-index", "absent-client==1.0")
+    assert failure.startswith("pip exited with 1: ERROR: No matching distribution found for absent")
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_torch_and_numpy_stay_what_they_are(name):
+    failure = pip("--no-index", "--dry-run", f"{name}==1.0.0")
+    assert failure.startswith("pip exited with 1: ERROR: ResolutionImpossible")
