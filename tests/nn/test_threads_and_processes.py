@@ -199,7 +199,8 @@ def in_a_process(net, x, queue):
 
 
 def test_a_model_goes_to_a_spawned_process():
-    net, x = wide(), torch.ones(1, 64)
+    """Both processes have its tensors in shared memory, as torch does it."""
+    net, alone, x = wide(), wide(), torch.ones(1, 64)
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     process = context.Process(target=in_a_process, args=(net, x, queue))
@@ -207,6 +208,7 @@ def test_a_model_goes_to_a_spawned_process():
     found = queue.get()
     process.join()
     assert process.exitcode == 0
-    net(x).sum().backward()
-    for gradient, parameter in zip(found, net.parameters(), strict=True):
+    alone(x).sum().backward()
+    for gradient, parameter in zip(found, alone.parameters(), strict=True):
         torch.testing.assert_close(torch.from_numpy(gradient), parameter.grad)
+    assert all(map(torch.equal, net.buffers(), alone.buffers()))
