@@ -15,7 +15,10 @@ CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/cuda
 # What `make gpu` runs: a Python that has torch with CUDA and pytest.
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test lint format bench gpu gpu-smoke clean FORCE
+# Groups of tests by name: make test-distributed, make test-clients, …
+GROUPS := distributed clients nn cuda_emulator
+
+.PHONY: help demo test $(GROUPS:%=test-%) lint format bench gpu gpu-smoke clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
@@ -24,8 +27,13 @@ help:  ## say what there is
 demo: $(VENV)/installed  ## train a GAN on digits twice, stock and fused (DEMO_ARGS="--steps 200")
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: lint  ## lint, then all tests (PYTEST_ARGS="-k packaging" chooses some)
+test: lint $(VENV)/clients.json  ## lint, then all tests (PYTEST_ARGS="-k copies" chooses some; test-nn, test-distributed, …: a folder)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(GROUPS:%=test-%): test-%: $(VENV)/installed  ## the tests of one folder
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/$*
+
+test-clients: $(VENV)/clients.json
 
 bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS), or AGAINST=a commit
 	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\
@@ -59,6 +67,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py build_config.py $(NATIV
 	@$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -m spectral_ext
 	@touch $@
+
+# Packages of other people, each installed by itself: what fails is in this file, and in the tests' summary.
+$(VENV)/clients.json: tests/clients/clients.py tests/clients/install.py $(VENV)/installed
+	@$(BIN)/python tests/clients/install.py
 
 # Looked at every time, since TORCH may ask for another version than the one that is there. A stamp
 # that stays as old as it was makes nothing else out of date.

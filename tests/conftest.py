@@ -32,6 +32,11 @@ if "triton" in CPU_BACKENDS:
     triton_interpreter.improve()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what takes minutes first: at the end one process would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend that computes on CPU tensors here; the interpreter's gets small samples."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("SPECTRAL_EXT_CUDA_PYTHON", sys.executable)
 
 # On one worker each: compilations side by side would wait for each other.
-pytestmark = pytest.mark.xdist_group("cuda_build")
+pytestmark = [pytest.mark.xdist_group("cuda_build"), pytest.mark.first]
 
 
 @pytest.fixture(scope="module")

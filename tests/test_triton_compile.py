@@ -9,6 +9,7 @@ from bench import kernels, triton_kernels
 pytestmark = [
     # On one worker: compilations side by side with nvcc's would wait for each other.
     pytest.mark.xdist_group("cuda_build"),
+    pytest.mark.first,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="triton is not installed"
     ),
