@@ -412,10 +412,25 @@ def _attach_in_buckets(
         size += weight.nbytes
         if size >= bucket_bytes or stop == len(weights):
             outputs, sigma = attach(weights[start:stop], computation.narrow(start, stop))
+            _hasten(sigma)
             normalized += outputs
             sigmas.append(sigma)
             start, size = stop, 0
     return normalized, torch.cat(sigmas)
+
+
+# Of nodes that are ready, autograd runs the one of the highest number, which is the youngest; those that
+# accumulate gradients have the highest number that there is.
+_NUMBER_OF_THE_NEXT = 2**63
+
+
+def _hasten(output: Tensor) -> None:
+    """Let the node of an output run as soon as its gradients are there.
+
+    It is older than all nodes of the layers, which would all run before it.
+    """
+    if output.grad_fn is not None and not torch.compiler.is_compiling():
+        output.grad_fn._set_sequence_nr(_NUMBER_OF_THE_NEXT)  # type: ignore[attr-defined]
 
 
 def _normalize_blocks(

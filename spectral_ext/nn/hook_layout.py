@@ -52,7 +52,10 @@ def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
         parametrize._inject_new_class(module)
         module.parametrizations = ModuleDict()
     parametrize._inject_property(module, name)
-    list_ = parametrize.ParametrizationList([norm], weight, unsafe=True)
+    # The list calls `set_` on what it is given, and that loses the hooks of DistributedDataParallel.
+    stand_in = Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    list_ = parametrize.ParametrizationList([norm], stand_in, unsafe=True)
+    list_._parameters["original"] = cast(Parameter, weight)
     cast(ModuleDict, module.parametrizations)[name] = list_
 
 
