@@ -138,7 +138,11 @@ def check_layer(
             f"{name}: blocks={blocks} does not divide the first dimension of a weight of shape "
             f"{tuple(weight.shape)}"
         )
-    rows, columns = matrix_shape(weight[: weight.shape[0] // blocks], dim)
+    rows, columns = matrix_shape(weight, dim)  # of the sizes alone: the weight may be distributed
+    if dim == 0:
+        rows //= blocks
+    else:
+        columns //= blocks
     for vector_name, vector, size in (("u", u, blocks * rows), ("v", v, blocks * columns)):
         if not isinstance(vector, Tensor):
             raise TypeError(f"{name}: {vector_name} must be a tensor, got {type(vector).__name__}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Results
+from .sharded import ShardedResults, ShardedUnit
 
 __all__ = ["Part", "Record", "Visible", "active", "hidden_saves", "in_force", "lookup"]
 
@@ -34,6 +35,9 @@ class Record:
         parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
         finish: makes the weight of a place from what is attached to the graph.
+
+    A unit whose weight was sharded is found by its parametrization alone: FSDP puts the whole weight into
+    its place before the layer asks for it.
     """
 
     __slots__ = (
@@ -44,6 +48,7 @@ class Record:
         "normalized",
         "parts",
         "recompute",
+        "sharded",
         "weights",
     )
     below: "Record | None"  # the record that this one covers
@@ -65,6 +70,20 @@ class Record:
         self.finish = finish
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
+        self.sharded: dict[int, ShardedUnit] = {}
+        for results, part in parts:
+            if isinstance(results, ShardedResults):
+                for place, unit in zip(part, results.units, strict=True):
+                    self.sharded[place] = unit.of_a_forward()
+
+    def normalized_of_shards(self, place: int, weight: Tensor) -> Tensor | None:
+        """Return the weight of a unit that was sharded; None if another tensor is in its place."""
+        unit = self.sharded[place]
+        if weight.shape != unit.shape:
+            return None
+        finish = self.finish
+        with hidden_saves():
+            return unit.normalized(weight, lambda x: x if finish is None else finish(place, x))
 
     def attach(self, place: int) -> Tensor:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
@@ -112,6 +131,8 @@ def lookup(record: Record | None, parametrization: int, weight: Tensor) -> Tenso
     """
     while record is not None:
         place = record.index.get(parametrization)
+        if place is not None and place in record.sharded:
+            return record.normalized_of_shards(place, weight)
         if place is not None and record.weights[place] is weight:
             normalized = record.normalized[place]
             if normalized is not None:

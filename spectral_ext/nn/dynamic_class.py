@@ -24,11 +24,12 @@ from .hook_keys import read_hook_layout
 
 __all__ = [
     "GROUP",
+    "class_of_parametrizations",
+    "exchange_class",
     "fused_class",
     "is_fused",
     "own_class",
     "parametrization_lists",
-    "set_base",
     "stock_class",
 ]
 
@@ -89,30 +90,45 @@ def is_fused(cls: type) -> bool:
 
 def own_class(module: Module) -> None:
     """Put a class of ours in the place of the one that ``parametrize`` gave a module."""
-    cls = type(module)
+    cls, names = class_of_parametrizations(module), list(parametrization_lists(module))
     if cls.__dict__.get(_KIND) != "parametrized":
-        module.__class__ = _parametrized_class(
-            cls.__bases__[0], list(parametrization_lists(module))
-        )
+        exchange_class(module, cls, _parametrized_class(cls.__bases__[0], names))
     else:
-        for name in parametrization_lists(module):
+        for name in names:
             setattr(cls, name, _tensor_property(name))
 
 
 def stock_class(module: Module) -> None:
     """Give a parametrized module the class that ``parametrize`` would give it."""
-    module.__class__ = type(module).__bases__[0]
+    whole, ours = type(module), class_of_parametrizations(module)
+    module.__class__ = ours.__bases__[0]
     parametrize._inject_new_class(module)
     for name in parametrization_lists(module):
         parametrize._inject_property(module, name)
+    module.__class__ = _exchanged(whole, ours, type(module))
 
 
-def set_base(module: Module, base: type[Module]) -> None:
-    """Exchange the class of a module, below the class that holds its parametrizations."""
-    if parametrize.is_parametrized(module):
-        type(module).__bases__ = (base,)
-    else:
-        module.__class__ = base
+def class_of_parametrizations(module: Module) -> type[Any]:
+    """Return the class that holds a module's parametrizations: the first, or below that of FSDP."""
+    cls = type(module)
+    first = cls.__bases__[0]
+    is_of_fsdp = first.__module__.startswith("torch.distributed.") and len(cls.__bases__) == 2
+    return cls.__bases__[1] if is_of_fsdp else cls
+
+
+def exchange_class(module: Module, old: type[Any], new: type[Any]) -> None:
+    """Exchange one of the classes of a module, and leave those on top of it as they are."""
+    module.__class__ = _exchanged(type(module), old, new)
+
+
+def _exchanged(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
+    if cls is old:
+        return new
+    bases = (
+        _exchanged(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
+    )
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(bases), body)
 
 
 def _parametrized_class(base: type[Module], tensor_names: list[str]) -> type[Module]:

@@ -13,11 +13,12 @@ from ..layout import compute_dtype
 from . import hook_layout
 from .dynamic_class import (
     GROUP,
+    class_of_parametrizations,
+    exchange_class,
     fused_class,
     is_fused,
     own_class,
     parametrization_lists,
-    set_base,
     stock_class,
 )
 from .group import SpectralGroup
@@ -40,7 +41,9 @@ class _Found:
 
     @property
     def label(self) -> str:
-        cls = parametrize.type_before_parametrizations(self.module)
+        cls = type(self.module)
+        if parametrize.is_parametrized(self.module):
+            cls = class_of_parametrizations(self.module).__bases__[0]
         path = f"{self.name}.{self.tensor_name}" if self.name else self.tensor_name
         return f"{path} of {cls.__name__}"
 
@@ -83,6 +86,17 @@ def fuse(
     of stock's. Layers that have one ``Parameter`` and the same settings are computed once, and
     share ``u`` and ``v`` until they are unfused; they are updated where one of them is in training.
     Fusing again makes a new group; a layer belongs to the group that took it last.
+
+    ``DistributedDataParallel`` may be around the model before or after it is fused. ``u`` and ``v`` are the
+    same on all ranks, if they have started so: DDP sends them once unless ``broadcast_buffers=False``.
+
+    With ``fully_shard`` (FSDP2), fuse every unit, before or after it is sharded; or the whole model. Then
+    ``u``, ``v`` and σ of the units are computed on entry from the shards, all ranks together, with one
+    all-reduce of vectors for all layers and iteration (two for ``order="v_first"``, or where the columns
+    of a weight's matrix are sharded), and a layer's weight is divided by σ once its unit is gathered.
+    Autograd keeps normalized weights, whole, for the backward. Code that ``torch.compile`` has made
+    computes such layers alone. Methods of the group that compute (``warm_start``, ``iterate``, and ``sigmas``
+    before the first forward), and the access of a sharded weight outside of a forward, are collective.
 
     Args:
         model: the root: its forward is what enters the group. Its class is exchanged for a
@@ -134,6 +148,8 @@ def fuse(
         )
     candidates = [found.candidate() for found in chosen]
     for found, candidate in zip(chosen, candidates, strict=True):
+        if isinstance(found.norm, StockHook):
+            _refuse_to_move(found.module, found.label, "fuse")
         candidate.check(found.weight, found.label)
         check_backend(backend, found.weight)
 
@@ -154,7 +170,8 @@ def fuse(
     if not any(is_fused(cls) for cls in type(model).__mro__):
         if parametrize.is_parametrized(model):
             own_class(model)
-            set_base(model, fused_class(type(model).__bases__[0]))
+            base = class_of_parametrizations(model).__bases__[0]
+            exchange_class(model, base, fused_class(base))
         else:
             model.__class__ = fused_class(type(model))
     model.__dict__[GROUP] = group
@@ -173,12 +190,19 @@ def unfuse(model: Module) -> Module:
 
     Returns:
         ``model``.
+
+    Raises:
+        RuntimeError: a layer that had stock's hook is sharded (FSDP), which holds its weight by name.
     """
     for root in list(model.modules()):
         group = root.__dict__.get(GROUP)
         if group is None:
             continue
-        for layer in group.of(root).registered:
+        layers = group.of(root).registered
+        for layer in layers:
+            if layer.parametrization.origin == "hook":
+                _refuse_to_move(layer.module, layer.parametrization.label, "unfuse")
+        for layer in layers:
             group = root.__dict__[GROUP]
             group.release(layer.parametrization)
             _restore(layer.module, layer.tensor_name, layer.parametrization)
@@ -198,6 +222,15 @@ def _check_root(model: Module, bucket_mb: float | None) -> None:
         )
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, got bucket_mb={bucket_mb}")
+
+
+def _refuse_to_move(module: Module, label: str, what: str) -> None:
+    """Raise if FSDP looks for a module's weight by the name that stock's hook gave it, or we did."""
+    if getattr(module, "_is_fsdp_managed_module", False):
+        raise RuntimeError(
+            f"{label}: {what} gives the weight of torch.nn.utils.spectral_norm another place, where FSDP "
+            f"would not find it; {what} before fully_shard"
+        )
 
 
 def _find(model: Module) -> Iterator[_Found]:
@@ -290,4 +323,4 @@ def _unwrap(root: Module) -> None:
     """Give a fused root its class back."""
     root.__dict__.pop(GROUP, None)
     fused = next(cls for cls in type(root).__mro__ if is_fused(cls))
-    set_base(root, fused.__bases__[0])
+    exchange_class(root, fused, fused.__bases__[0])

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .. import backends
 from ..functional import Results, normalize_layers
+from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
@@ -22,6 +23,7 @@ from .kept import Kept, Update, watch_optimizers
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
 from .report import log_dict
+from .sharded import normalize_sharded
 
 __all__ = ["SpectralGroup", "group_of"]
 
@@ -56,6 +58,7 @@ class SpectralGroup:
         self.autocast = autocast
         self._layers = list(layers)
         self._plan: Plan | None = None
+        self._other_plan: Plan | None = None
         self._unit_sigmas: Tensor | None = None
         self._convergence: list[tuple[Tensor, Sequence[int], bool]] = []
         self._not_finite: Tensor | None = None
@@ -85,8 +88,11 @@ class SpectralGroup:
         plan, sigmas = self._plan, self._unit_sigmas
         if plan is None or sigmas is None or len(plan.layers) != len(self.layers):
             plan, tensors = self._gather()
+            count = len(tensors.weights)
             with torch.no_grad():
-                sigmas = normalize_layers(*tensors, plan.settings, False, self.backend).sigmas
+                parts = self._run(plan, tensors, list(range(count)), [False] * count)
+            sigmas = _join_sigmas(parts, count)
+            assert sigmas is not None
         return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
 
     @property
@@ -172,7 +178,7 @@ class SpectralGroup:
         settings = plan.settings._replace(
             n_power_iterations=[n_power_iterations] * count, tols=[0.0] * count
         )
-        normalize_layers(*tensors, settings, True, self.backend)
+        self._run(plan, tensors, list(range(count)), [True] * count, settings)
 
     def sigma_of(self, name: str) -> Tensor:
         """Return σ of one layer as a 0-D tensor.
@@ -207,7 +213,7 @@ class SpectralGroup:
         For ``update="step"`` and ``"manual"``, after a change of a weight that leaves no trace: one
         by ``weight.data`` outside of an optimizer.
         """
-        self._plan = self._kept = None
+        self._plan = self._other_plan = self._kept = None
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the next entry raises it
             self._plan = Plan(self._layers)
             # torch.compile cannot trace the import of a backend; from now on there is none.
@@ -217,7 +223,11 @@ class SpectralGroup:
 
     def stepped(self, parameters: set[int]) -> None:
         """Forget the weights that were kept, if an optimizer has changed one of these parameters."""
-        if self._plan is not None and not parameters.isdisjoint(self._plan.weight_ids):
+        if self._kept is None or self._plan is None:
+            return
+        # Of FSDP the plan may have the whole weights, and an optimizer has the shards.
+        now = {id(layer.weight) for layer in self.layers}
+        if not parameters.isdisjoint(self._plan.weight_ids | now):
             self._kept = None
 
     # The life of a group.
@@ -346,18 +356,11 @@ class SpectralGroup:
             pairs = [entry.vectors_at(place) for place in range(len(weights))]
             us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
             vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
-        results = normalize_layers(
-            weights,
-            us,
-            vs,
-            plan.settings,
-            False,
-            self.backend,
-            self._bucket_bytes,
-            self._output_dtype(plan),
-        )
-        normalized = plan.with_gains([*results.normalized])
-        return Record(plan.index, weights, normalized, [], None)
+        places = list(range(len(weights)))
+        tensors = UnitTensors(weights, us, vs)
+        parts = self._run(plan, tensors, places, [False] * len(places))
+        normalized = plan.with_gains(_join_normalized(parts, len(places)))
+        return Record(plan.index, weights, normalized, parts, None, plan.with_gain)
 
     def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
         """Compute one unit again, without update, as autograd sees it."""
@@ -377,16 +380,15 @@ class SpectralGroup:
             with torch.no_grad():
                 parts = self._normalize(plan, tensors, list(range(len(wanted))), wanted)
             kept = self._kept = Kept(plan, tensors, wanted, parts, dtype)
-        normalized: list[Tensor | None] = [None] * len(wanted)
-        for results, part in kept.parts:
-            for place, weight in zip(part, results.normalized, strict=True):
-                normalized[place] = weight
+        normalized = _join_normalized(kept.parts, len(wanted))
         if torch.is_grad_enabled():
             for results, part in kept.parts:
                 weights = [tensors.weights[place] for place in part]
                 for i, weight in results.attach(weights, self._bucket_bytes).items():
                     normalized[part[i]] = weight
             for place, weight in enumerate(tensors.weights):
+                if place in plan.sharded:
+                    continue
                 if weight.requires_grad and not kept.can_attach(place):
                     normalized[place] = self._recompute(plan, tensors, place)
         return normalized, kept.parts
@@ -400,14 +402,13 @@ class SpectralGroup:
             normalized, parts = self._keep(plan, tensors, training)
             normalized = plan.with_gains(normalized)
         else:
-            normalized = [None] * len(training)
+            cached: list[Tensor | None] = [None] * len(training)
             places = list(range(len(training)))
-            if parametrize._cache_enabled:
-                places = take_from_cache(plan, normalized)
+            if parametrize._cache_enabled:  # of a sharded layer the cache takes the weight, later
+                places = [i for i in take_from_cache(plan, cached) if i not in plan.sharded]
             parts = self._normalize(plan, tensors, places, training)
-            for results, part in parts:
-                for place, weight in zip(part, results.normalized, strict=True):
-                    normalized[place] = plan.with_gain(place, weight)
+            new = plan.with_gains(_join_normalized(parts, len(training)))
+            normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
         if any(training) and not is_transformed:
@@ -424,12 +425,11 @@ class SpectralGroup:
         plan = self._plan
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
-        normalized: list[Tensor | None] = [None] * len(tensors.weights)
         updates = [mode and self.update != "manual" for mode in plan.training()]
-        parts = self._normalize(plan, tensors, list(range(len(normalized))), updates)
-        for results, part in parts:
-            for place, weight in zip(part, results.normalized, strict=True):
-                normalized[place] = plan.with_gain(place, weight)
+        # A sharded layer is computed alone where its weight is whole.
+        places = [place for place in range(len(updates)) if place not in plan.sharded]
+        parts = self._normalize(plan, tensors, places, updates)
+        normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         return Record({}, tensors.weights, normalized, [], None)
 
     def _gather(self) -> tuple[Plan, UnitTensors]:
@@ -437,11 +437,17 @@ class SpectralGroup:
         plan = self._plan
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
-            plan = self._plan = Plan(self._layers)
-            tensors = plan.gather()
-            assert tensors is not None
-            self._unit_sigmas = self._not_finite = None
-            self._convergence = []
+            # FSDP exchanges the weights for their shards and back again: one plan for each.
+            plan, self._other_plan = self._other_plan, plan
+            tensors = None if plan is None else plan.gather()
+            if plan is None or tensors is None:
+                plan = Plan(self._layers)
+                tensors = plan.gather()
+                assert tensors is not None
+                if not plan.is_of_the_same(self._other_plan):
+                    self._unit_sigmas = self._not_finite = None
+                    self._convergence = []
+            self._plan = plan
         return plan, tensors
 
     def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
@@ -493,36 +499,47 @@ class SpectralGroup:
     def _normalize(
         self, plan: Plan, tensors: UnitTensors, places: list[int], updates: list[bool]
     ) -> list[Part]:
-        """Compute the units at ``places``: those to update in one call, the others in another."""
-        parts: list[Part] = []
-        for update in (True, False):
-            part = [place for place in places if updates[place] is update]
-            if not part:
-                continue
-            whole = len(part) == len(updates)
-            weights, us, vs = tensors if whole else tensors.select(part)
-            settings = plan.settings if whole else plan.settings.select(part)
-            try:
-                results = normalize_layers(
-                    weights,
-                    us,
-                    vs,
-                    settings,
-                    update,
-                    self.backend,
-                    self._bucket_bytes,
-                    self._output_dtype(plan),
-                )
-            except Exception:
-                plan.check()  # names the layer, if it is one that does not fit
-                raise
-            parts.append((results, part))
+        """Compute the units at ``places``, and note what the group tells of its last forward."""
+        parts = self._run(plan, tensors, places, updates)
         self._unit_sigmas = _join_sigmas(parts, len(updates))
         self._convergence = [
             (results.convergence, part, updates[part[0]]) for results, part in parts
         ]
         if self.check_finite:
             self._note_not_finite(parts, len(updates))
+        return parts
+
+    def _run(
+        self,
+        plan: Plan,
+        tensors: UnitTensors,
+        places: list[int],
+        updates: list[bool],
+        settings: Settings | None = None,
+    ) -> list[Part]:
+        """Compute units: those to update in one call, the others in another; and so those of shards."""
+        parts: list[Part] = []
+        settings = plan.settings if settings is None else settings
+        dtype = self._output_dtype(plan)
+        for update, of_shards in ((True, False), (False, False), (True, True), (False, True)):
+            part = [i for i in places if updates[i] is update and (i in plan.sharded) is of_shards]
+            if not part:
+                continue
+            whole = len(part) == len(updates)
+            chosen = tensors if whole else tensors.select(part)
+            columns = settings if whole else settings.select(part)
+            results: Results
+            try:
+                if of_shards:
+                    results = normalize_sharded(*chosen, columns, update, self.backend, dtype)
+                else:
+                    results = normalize_layers(
+                        *chosen, columns, update, self.backend, self._bucket_bytes, dtype
+                    )
+            except Exception:
+                plan.check()  # names the layer, if it is one that does not fit
+                raise
+            parts.append((results, part))
         return parts
 
     def __repr__(self) -> str:
@@ -586,6 +603,15 @@ def group_of(model: Module) -> SpectralGroup:
     if group is None:
         raise ValueError(f"{type(model).__name__} is not fused; spectral_ext.fuse(model) does it")
     return group.of(model)
+
+
+def _join_normalized(parts: list[Part], count: int) -> list[Tensor | None]:
+    """Return the weights of several computations by place; None for those that have none."""
+    normalized: list[Tensor | None] = [None] * count
+    for results, part in parts:
+        for place, weight in zip(part, results.normalized, strict=True):
+            normalized[place] = weight
+    return normalized
 
 
 def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:

@@ -4,6 +4,9 @@ The weights are computed again when one of them, or of the vectors, has changed.
 count up a tensor's version, and a new memory shows by its address. Optimizers may do neither: fused
 ones, and those that write to ``.data``. A hook that torch calls after every step of any optimizer tells
 the groups which parameters it has.
+
+A weight that FSDP gathers has another memory each time and a version that says nothing. It changes with
+its shards: by a step of an optimizer, or together with the vectors by a checkpoint.
 """
 
 import weakref
@@ -16,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .active import Part
 from .plan import Plan, UnitTensors
+from .sharded import local_part
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
@@ -46,7 +50,7 @@ class Kept:
         self.parts = parts
         self._dtype = dtype
         self._plan, self._updated = plan, updated
-        self._state = _state_of(tensors)
+        self._state = _state_of(plan, tensors)
         self._attachable = {
             part[i]
             for results, part in parts
@@ -62,7 +66,7 @@ class Kept:
             plan is self._plan
             and dtype == self._dtype
             and self._state is not None
-            and _state_of(tensors) == self._state
+            and _state_of(plan, tensors) == self._state
             and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))
         )
 
@@ -71,12 +75,14 @@ class Kept:
         return place in self._attachable
 
 
-def _state_of(tensors: UnitTensors) -> list[tuple[int, int]] | None:
+def _state_of(plan: Plan, tensors: UnitTensors) -> list[tuple[int, int]] | None:
     """Return what shows a change of the tensors; None where nothing would."""
+    weights = [w for unit, w in enumerate(tensors.weights) if unit not in plan.gathered]
     state = []
-    for column in tensors:
+    for column in (weights, tensors.us, tensors.vs):
         for tensor in column:
             if isinstance(tensor, Tensor):
+                tensor = local_part(tensor)
                 if tensor.is_inference():  # has no version
                     return None
                 state.append((tensor._version, tensor.data_ptr()))

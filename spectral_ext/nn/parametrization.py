@@ -23,6 +23,7 @@ from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight
 from .active import Visible, active, hidden_saves, lookup
 from .history import History
+from .sharded import is_sharded, normalize_sharded
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
@@ -164,7 +165,8 @@ class SpectralNorm(StockSpectralNorm):
         if not self.is_vector:
             settings = self.settings._replace(n_power_iterations=n_power_iterations, tol=0.0)
             vectors = ([self._buffers["_u"]], [self._buffers["_v"]])
-            normalize_layers([weight], *vectors, Settings.of([settings]), True, "reference")
+            normalize = normalize_sharded if is_sharded(weight) else normalize_layers
+            normalize([weight], *vectors, Settings.of([settings]), True, "reference")
 
     @torch.no_grad()
     def _first_gain(self, weight: Tensor, gain: Gain) -> Tensor:
@@ -235,6 +237,8 @@ class SpectralNorm(StockSpectralNorm):
         """Normalize this layer alone."""
         u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
         update = self.training if update is None else update
+        if is_sharded(weight):
+            return self._normalize_shards(weight, u, v, update)
         try:
             results = normalize_layers(
                 [weight], [u], [v], Settings.of([self.settings]), update, self.backend
@@ -247,6 +251,14 @@ class SpectralNorm(StockSpectralNorm):
             self.__dict__["_history"] = history
             history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
         return with_gain(results.normalized[0], self.learned_gain, self.dim)
+
+    def _normalize_shards(self, weight: Tensor, u: Any, v: Any, update: bool) -> Tensor:
+        """Normalize a distributed weight that is not in a forward; all of its ranks must do so."""
+        self.check(weight)
+        settings = Settings.of([self.settings])
+        results = normalize_sharded([weight], [u], [v], settings, update, self.backend)
+        gain, dim = self.learned_gain, self.dim
+        return results.units[0].normalized(weight, lambda x: with_gain(x, gain, dim))
 
     @property
     def is_vector(self) -> bool:
@@ -364,6 +376,11 @@ def check_backend(backend: str | None, weight: Tensor) -> None:
 
 def checked_weight(module: Module, name: str, dim: int, label: str) -> tuple[Tensor, int]:
     """Return the tensor to normalize and ``dim`` as not negative."""
+    if getattr(module, "_is_fsdp_managed_module", False):
+        raise RuntimeError(
+            f"{label}: the module is sharded, and FSDP would not find its weight in another place; "
+            "apply the spectral norm before fully_shard"
+        )
     if parametrize.is_parametrized(module, name):
         weight = getattr(module, name)
     else:

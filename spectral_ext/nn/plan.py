@@ -21,6 +21,7 @@ from ..reference import Order
 from ..settings import Settings
 from .dynamic_class import parametrization_lists
 from .parametrization import SpectralNorm
+from .sharded import is_sharded
 
 __all__ = ["Layer", "Plan", "UnitTensors"]
 
@@ -113,6 +114,8 @@ class Plan:
         unit_of_layer: for each layer the place of its unit.
         index: the same by ``id`` of the parametrization.
         settings: of the units.
+        sharded: the units whose weights are distributed over several ranks.
+        gathered: the units whose weights FSDP has gathered.
 
     Raises:
         TypeError, ValueError: a layer's weight, vectors or settings do not fit; the message names
@@ -153,14 +156,22 @@ class Plan:
         self.settings = Settings.of([p.settings for p in leads])
         columns = self._columns()
         self._units = columns.select(self._leads) if self.has_ties else columns
+        weights = self._units.weights
+        self.sharded = frozenset(unit for unit in units if is_sharded(weights[unit]))
+        self.gathered = frozenset(
+            unit
+            for unit in units
+            if unit not in self.sharded
+            and getattr(self._lists[self._leads[unit]], "_is_fsdp_managed_module", False)
+        )
         self._calls: dict[int, PreparedCall | None] = {}
         self.sizes = [
             (0, 0) if u is None or v is None else (len(u), len(v))
             for u, v in zip(self._units.us, self._units.vs, strict=True)
         ]
         self.weight_ids = {id(weight) for weight in columns.weights}
-        self._gains = [p.learned_gain for p in leads]
-        self.has_gains = any(gain is not None for gain in self._gains)
+        self._norms = leads
+        self.has_gains = any(p.learned_gain is not None for p in leads)
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
             place
@@ -227,6 +238,15 @@ class Plan:
                 return None
         return self._units
 
+    def is_of_the_same(self, other: "Plan | None") -> bool:
+        """Return whether another plan has the same units, whose weights FSDP has exchanged."""
+        return (
+            other is not None
+            and bool(self.sharded | self.gathered)
+            and self.layers == other.layers
+            and self.unit_of_layer == other.unit_of_layer
+        )
+
     def with_gains(self, normalized: list[Tensor | None]) -> list[Tensor | None]:
         """Return normalized weights times the gains of their units."""
         if not self.has_gains:
@@ -238,7 +258,7 @@ class Plan:
 
     def with_gain(self, place: int, weight: Tensor) -> Tensor:
         """Return the normalized weight of a unit times its gain."""
-        return with_gain(weight, self._gains[place], self.settings.dims[place])
+        return with_gain(weight, self._norms[place].learned_gain, self.settings.dims[place])
 
     def prepared(self, backend: Backend) -> PreparedCall | None:
         """Return one call for all units, if there is one."""
