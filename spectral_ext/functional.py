@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Computation, attach, compute
+from .autograd import Computation, attach, compute, compute_transformed, is_transformed
 from .backends import Backend, select
 from .layout import (
     allocate_vectors,
@@ -299,6 +299,8 @@ class Results:
 
     def attached(self, index: int, weight: Tensor) -> Tensor | None:
         """Return the normalized weight of one layer with a graph node of its own."""
+        if is_transformed():  # which wants the whole computation
+            return None
         for computation, members in self.computations:
             if index in members:
                 place = members.index(index)
@@ -332,12 +334,30 @@ def normalize_layers(
         and all(u is not None for u in us)
     ):
         chosen = select(backend, *devices)
-        computation, convergence = compute(weights, us, vs, settings, update, chosen, dtype)
-        normalized, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
-        members = range(len(weights))
-        saved: list[tuple[Tensor, Sequence[int]]] = [(computation.saved, members)]
-        return Results(normalized, sigmas, [(computation, members)], convergence, saved)
+        return _normalize_in_one_call(weights, us, vs, settings, update, chosen, bucket_bytes, dtype)
     return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
+
+
+def _normalize_in_one_call(
+    weights: list[Tensor],
+    us: list[Any],
+    vs: list[Any],
+    settings: Settings,
+    update: bool,
+    backend: Backend,
+    bucket_bytes: int | None,
+    dtype: torch.dtype | None,
+) -> Results:
+    """Normalize layers of one device and compute dtype."""
+    if is_transformed():
+        transformed = compute_transformed(weights, us, vs, settings, update, backend, dtype)
+        outputs, sigmas, convergence = transformed
+        return Results(outputs, sigmas, [], convergence)
+    computation, convergence = compute(weights, us, vs, settings, update, backend, dtype)
+    outputs, sigmas = _attach_in_buckets(weights, computation, bucket_bytes)
+    members = range(len(weights))
+    saved: list[tuple[Tensor, Sequence[int]]] = [(computation.saved, members)]
+    return Results(outputs, sigmas, [(computation, members)], convergence, saved)
 
 
 class PreparedCall:
@@ -522,24 +542,24 @@ def _normalize_mixed(
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
     for kind, chosen in backends.items():
         members = [i for i in range(count) if kinds[i] == kind]
-        part = [weights[i] for i in members]
-        computation, convergence = compute(
-            part,
+        part = _normalize_in_one_call(
+            [weights[i] for i in members],
             [us[i] for i in members],
             [vs[i] for i in members],
             settings.select(members),
             update,
             chosen,
+            bucket_bytes,
             dtype,
         )
-        outputs, sigmas = _attach_in_buckets(part, computation, bucket_bytes)
+        outputs, sigmas, convergence = part.normalized, part.sigmas, part.convergence
         if not len(convergence):  # no tol among these
             made = [float(settings.n_power_iterations[i]) if update else 0.0 for i in members]
             convergence = sigmas.new_tensor([math.nan] * len(members) + made)
         for place, i in enumerate(members):
             normalized[i], sigma[i] = outputs[place], sigmas[place]
             residuals[i], iterations[i] = convergence[place], convergence[len(members) + place]
-        computations.append((computation, members))
+        computations += [(computation, members) for computation, _ in part.computations]
     for i in (i for i in range(count) if kinds[i] is None):
         result = _normalize_by_reference(weights[i], us[i], vs[i], settings.select([i]), update)
         normalized[i] = result.weight.to(output_dtype(weights[i], dtype))

@@ -29,6 +29,7 @@ __all__ = [
     "Order",
     "backward",
     "divisor",
+    "jvp",
     "power_iteration",
     "spectral_normalize",
     "unit_vectors",
@@ -255,3 +256,35 @@ def backward(
     if grad_sigma is not None:
         total = total + grad_sigma * rank_one
     return total.to(dtype or normalized.dtype)
+
+
+def jvp(
+    tangent: Tensor,
+    normalized: Tensor,
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    dim: int = 0,
+    scale: float = 1.0,
+    soft: bool = False,
+    detach_sigma: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return how the normalized weight and σ change along a tangent of the weight: forward mode.
+
+    ``σ' = uᵀW'v`` and ``Y' = c·W'/σ − Y·σ'/σ``; without the second term where σ counts as a constant; and
+    ``Y' = W'`` where the forward has left the weight alone.
+
+    Args:
+        tangent: ``W'``, like the weight.
+        normalized, sigma, u, v: what the forward gave.
+        dim, scale, soft, detach_sigma: as in the forward.
+    """
+    moved = tangent.to(sigma.dtype)
+    of_sigma = torch.vdot(u, weight_matrix(moved, dim) @ v)
+    change = moved / divisor(sigma.detach() if detach_sigma else sigma, scale, soft)
+    if not detach_sigma:
+        is_constant = _left_alone(sigma, scale, soft)
+        relative = of_sigma / torch.where(is_constant, 1, sigma)
+        change = change - torch.where(is_constant, 0, relative) * normalized.to(sigma.dtype)
+    return change.to(normalized.dtype), of_sigma

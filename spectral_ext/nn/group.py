@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import backends
+from ..autograd import is_transformed
 from ..functional import Results, normalize_layers
 from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
@@ -397,8 +398,8 @@ class SpectralGroup:
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
         """Take what was kept, if the group keeps; else compute all units in as many calls as it takes."""
-        is_transformed = torch._C._are_functorch_transforms_active()
-        if self.update != "forward" and not is_transformed:
+        transformed = is_transformed()
+        if self.update != "forward" and not transformed:
             normalized, parts = self._keep(plan, tensors, training)
             normalized = plan.with_gains(normalized)
         else:
@@ -406,12 +407,13 @@ class SpectralGroup:
             places = list(range(len(training)))
             if parametrize._cache_enabled:  # of a sharded layer the cache takes the weight, later
                 places = [i for i in take_from_cache(plan, cached) if i not in plan.sharded]
-            parts = self._normalize(plan, tensors, places, training)
+            updates = [mode and self.update != "manual" for mode in training]
+            parts = self._normalize(plan, tensors, places, updates)
             new = plan.with_gains(_join_normalized(parts, len(training)))
             normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
-        if any(training) and not is_transformed:
+        if any(training) and not transformed:
             saved = [
                 (vectors, [part[i] for i in members])
                 for results, part in parts
@@ -456,7 +458,7 @@ class SpectralGroup:
             not training
             or training.count(training[0]) < len(training)
             or parametrize._cache_enabled
-            or torch._C._are_functorch_transforms_active()
+            or is_transformed()
         ):
             return None
         call = plan.prepared(backends.select(self.backend, plan.device))
@@ -501,6 +503,9 @@ class SpectralGroup:
     ) -> list[Part]:
         """Compute the units at ``places``, and note what the group tells of its last forward."""
         parts = self._run(plan, tensors, places, updates)
+        if is_transformed():  # what is wrapped must not outlive the transform
+            self._unit_sigmas, self._convergence = None, []
+            return parts
         self._unit_sigmas = _join_sigmas(parts, len(updates))
         self._convergence = [
             (results.convergence, part, updates[part[0]]) for results, part in parts

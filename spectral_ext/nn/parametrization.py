@@ -246,7 +246,7 @@ class SpectralNorm(StockSpectralNorm):
         except Exception:
             self.check(weight)
             raise
-        if remember and results.saved and not torch._C._are_functorch_transforms_active():
+        if remember and results.saved:
             history = self._history or History()
             self.__dict__["_history"] = history
             history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
