@@ -323,19 +323,38 @@ def normalize_layers(
 
     A ``dtype``, of half precision, is that of the results of float32 weights.
     Layers of one device and compute dtype go into one call. Complex weights, and 1-D weights under
-    ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference.
+    ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference; all are where
+    :func:`is_recorded`.
     """
     if max(settings.blocks, default=1) > 1:
         return _normalize_blocks(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
     if (
         len(devices) == len(dtypes) == 1
+        and not is_recorded()
         and not dtypes & _COMPLEX
         and all(u is not None for u in us)
     ):
         chosen = select(backend, *devices)
         return _normalize_in_one_call(weights, us, vs, settings, update, chosen, bucket_bytes, dtype)
     return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
+
+
+def is_recorded() -> bool:
+    """Return whether plain torch operations are wanted, whatever the backend.
+
+    What ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` write down is to run where our
+    operators are not, and code that ``torch.compile`` makes of transforms of ``torch.func`` knows how to
+    transform torch's.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    return torch.compiler.is_compiling() and is_transformed()
+
+
+def is_traced() -> bool:
+    """Return whether tensors may be stand-ins, which must not be kept beyond this call."""
+    return is_transformed() or is_recorded()
 
 
 def _normalize_in_one_call(
@@ -528,9 +547,9 @@ def _normalize_mixed(
     dtype: torch.dtype | None,
 ) -> Results:
     """Normalize layers of several kinds, one call for each kind."""
-    count = len(weights)
+    count, by_reference = len(weights), is_recorded()
     kinds = [
-        None if u is None or weight.is_complex() else _kind(weight)
+        None if by_reference or u is None or weight.is_complex() else _kind(weight)
         for weight, u in zip(weights, us, strict=True)
     ]
     normalized: list[Any] = [None] * count
@@ -592,11 +611,13 @@ def _join(values: list[Tensor]) -> Tensor:
 def _normalize_by_reference(
     weight: Tensor, u: Any, v: Any, settings: Settings, update: bool
 ) -> reference.Normalized:
-    if u is not None or v is not None:
-        check_layer("weight", weight, u, v, settings.dims[0])
+    if not is_recorded():
+        if u is not None or v is not None:
+            check_layer("weight", weight, u, v, settings.dims[0])
+        if torch.is_grad_enabled() and weight.requires_grad:
+            weight = weight.clone()  # autograd keeps it, and an optimizer may change the weight
     result = reference.spectral_normalize(
-        # Autograd keeps what is differentiated: not the weight, which an optimizer may change.
-        weight.clone() if torch.is_grad_enabled() and weight.requires_grad else weight,
+        weight,
         u,
         v,
         n_power_iterations=settings.n_power_iterations[0],

@@ -190,7 +190,7 @@ def spectral_normalize(
         direction = weight.to(compute_dtype) / sigma
         by = divisor(sigma.detach() if detach_sigma else sigma, scale, soft)
         normalized = (weight.to(compute_dtype) / by).to(weight.dtype)
-        residual, iterations = sigma.detach().new_tensor([torch.nan, 0])
+        residual, iterations = (torch.full_like(sigma, x).detach() for x in (torch.nan, 0))
         return Normalized(
             normalized, sigma, torch.ones_like(sigma)[None], direction, residual, iterations
         )

@@ -13,8 +13,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..autograd import is_transformed
-from ..functional import Results, normalize_layers
+from ..functional import Results, is_traced, normalize_layers
 from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
@@ -398,8 +397,8 @@ class SpectralGroup:
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
         """Take what was kept, if the group keeps; else compute all units in as many calls as it takes."""
-        transformed = is_transformed()
-        if self.update != "forward" and not transformed:
+        traced = is_traced()
+        if self.update != "forward" and not traced:
             normalized, parts = self._keep(plan, tensors, training)
             normalized = plan.with_gains(normalized)
         else:
@@ -413,7 +412,7 @@ class SpectralGroup:
             normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
-        if any(training) and not transformed:
+        if any(training) and not traced:
             saved = [
                 (vectors, [part[i] for i in members])
                 for results, part in parts
@@ -458,7 +457,7 @@ class SpectralGroup:
             not training
             or training.count(training[0]) < len(training)
             or parametrize._cache_enabled
-            or is_transformed()
+            or is_traced()
         ):
             return None
         call = plan.prepared(backends.select(self.backend, plan.device))
@@ -503,7 +502,7 @@ class SpectralGroup:
     ) -> list[Part]:
         """Compute the units at ``places``, and note what the group tells of its last forward."""
         parts = self._run(plan, tensors, places, updates)
-        if is_transformed():  # what is wrapped must not outlive the transform
+        if is_traced():
             self._unit_sigmas, self._convergence = None, []
             return parts
         self._unit_sigmas = _join_sigmas(parts, len(updates))
