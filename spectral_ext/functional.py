@@ -347,7 +347,7 @@ def is_recorded() -> bool:
     operators are not, and code that ``torch.compile`` makes of transforms of ``torch.func`` knows how to
     transform torch's.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     return torch.compiler.is_compiling() and is_transformed()
 

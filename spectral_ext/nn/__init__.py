@@ -1,6 +1,7 @@
 """Modules with spectral normalization: one layer, or all layers of a model together."""
 
 from .apply import AppliedSpectralNorm, apply_spectral_norm
+from .bake import bake
 from .convert import stock_state_dict
 from .fuse import fuse, unfuse
 from .group import SpectralGroup, group_of
@@ -21,6 +22,7 @@ __all__ = [
     "SpectralNorm",
     "SpectralProjection",
     "apply_spectral_norm",
+    "bake",
     "fuse",
     "group_of",
     "operator_norm",

@@ -31,6 +31,7 @@ __all__ = [
     "own_class",
     "parametrization_lists",
     "stock_class",
+    "unwrap",
 ]
 
 # The attribute of a fused root that holds its group.
@@ -129,6 +130,13 @@ def _exchanged(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
     )
     body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, tuple(bases), body)
+
+
+def unwrap(root: Module) -> None:
+    """Give a fused root its class back, and forget its group."""
+    root.__dict__.pop(GROUP, None)
+    fused = next(cls for cls in type(root).__mro__ if is_fused(cls))
+    exchange_class(root, fused, fused.__bases__[0])
 
 
 def _parametrized_class(base: type[Module], tensor_names: list[str]) -> type[Module]:

@@ -20,6 +20,7 @@ from .dynamic_class import (
     own_class,
     parametrization_lists,
     stock_class,
+    unwrap,
 )
 from .group import SpectralGroup
 from .kept import Update
@@ -206,7 +207,7 @@ def unfuse(model: Module) -> Module:
             group = root.__dict__[GROUP]
             group.release(layer.parametrization)
             _restore(layer.module, layer.tensor_name, layer.parametrization)
-        _unwrap(root)
+        unwrap(root)
     return model
 
 
@@ -316,11 +317,4 @@ def _leave_group(norm: SpectralNorm) -> None:
     group.release(norm)
     root = group.root
     if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
-        _unwrap(root)
-
-
-def _unwrap(root: Module) -> None:
-    """Give a fused root its class back."""
-    root.__dict__.pop(GROUP, None)
-    fused = next(cls for cls in type(root).__mro__ if is_fused(cls))
-    exchange_class(root, fused, fused.__bases__[0])
+        unwrap(root)

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, Spect
 from .dynamic_class import parametrization_lists
 from .parametrization import SpectralNorm, StockHook
 
-__all__ = ["as_parametrization", "replace_hook", "restore_hook"]
+__all__ = ["as_parametrization", "remove_hook", "replace_hook", "restore_hook"]
 
 
 def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
@@ -35,6 +35,21 @@ def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
     norm.hook_places = {
         name + suffix: _names_after(_home(module, suffix), name + suffix) for suffix in _SUFFIXES
     }
+    weight = remove_hook(module, hook)
+    if not parametrize.is_parametrized(module):
+        parametrize._inject_new_class(module)
+        module.parametrizations = ModuleDict()
+    parametrize._inject_property(module, name)
+    # The list calls `set_` on what it is given, and that loses the hooks of DistributedDataParallel.
+    stand_in = Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    list_ = parametrize.ParametrizationList([norm], stand_in, unsafe=True)
+    list_._parameters["original"] = cast(Parameter, weight)
+    cast(ModuleDict, module.parametrizations)[name] = list_
+
+
+def remove_hook(module: Module, hook: StockHook) -> Tensor:
+    """Take the hook off with all that it has put into the module; return the weight."""
+    name = hook.name
     weight = cast(Tensor, module._parameters.pop(f"{name}_orig"))
     for suffix in ("_u", "_v"):
         del module._buffers[name + suffix]
@@ -48,15 +63,7 @@ def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
         module._load_state_dict_pre_hooks,
         lambda h: isinstance(h, SpectralNormLoadStateDictPreHook) and h.fn.name == name,
     )
-    if not parametrize.is_parametrized(module):
-        parametrize._inject_new_class(module)
-        module.parametrizations = ModuleDict()
-    parametrize._inject_property(module, name)
-    # The list calls `set_` on what it is given, and that loses the hooks of DistributedDataParallel.
-    stand_in = Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    list_ = parametrize.ParametrizationList([norm], stand_in, unsafe=True)
-    list_._parameters["original"] = cast(Parameter, weight)
-    cast(ModuleDict, module.parametrizations)[name] = list_
+    return weight
 
 
 def restore_hook(module: Module, name: str, norm: SpectralNorm) -> None:

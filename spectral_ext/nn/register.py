@@ -26,6 +26,7 @@ from .parametrization import (
 )
 
 __all__ = [
+    "LazyNorm",
     "blocks_of",
     "check_choices",
     "is_lazy",
@@ -180,7 +181,7 @@ def normalize_parameter(
     check_choices(label, settings, gain, init)
     _refuse_second(module, name, settings.order, label)
     if is_lazy(module, name):
-        later = _Later(name, settings, gain, init, backend, label)
+        later = LazyNorm(name, settings, gain, init, backend, label)
         later.handle = module.register_forward_pre_hook(later)
         return
     weight, dim = checked_weight(module, name, settings.dim, label)
@@ -218,7 +219,7 @@ def is_lazy(module: Module, name: str) -> bool:
     return isinstance(module._parameters.get(name), UninitializedTensorMixin)
 
 
-class _Later:
+class LazyNorm:
     """A forward pre-hook that normalizes a lazy module once it has a weight.
 
     It was registered after the module's own, which makes the weight.
@@ -230,6 +231,7 @@ class _Later:
         self.arguments = arguments
 
     def __call__(self, module: Module, inputs: Any) -> None:
+        """Normalize the module, once."""
         self.handle.remove()
         normalize_parameter(module, *self.arguments)
 

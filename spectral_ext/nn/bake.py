@@ -1,0 +1,196 @@
+"""A model without spectral norms that computes what one with them does in evaluation."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from .dynamic_class import (
+    GROUP,
+    class_of_parametrizations,
+    exchange_class,
+    parametrization_lists,
+    stock_class,
+    unwrap,
+)
+from .group import group_of
+from .hook_layout import remove_hook
+from .operator_norm import OperatorNorm
+from .parametrization import StockHook, StockSpectralNorm
+from .register import LazyNorm
+
+__all__ = ["bake"]
+
+_Model = TypeVar("_Model", bound=Module)
+
+
+def bake(model: _Model, *, inplace: bool = False) -> _Model:
+    """Fold spectral norms into the weights: return a plain model with ``W/σ`` in their place.
+
+    For deployment (``torch.export``, ONNX, TorchScript, quantization, C++): the result has the classes,
+    parameters and ``state_dict`` keys that the model had before it was normalized, and needs no
+    spectral_ext. Weights are as in evaluation, also where the model is in training; ``u`` and ``v`` stay
+    as they are. Gains, bounds, blocks and operator norms are folded like all else. The layers of a
+    fused model are computed in one call.
+
+    A tensor with a spectral norm is folded whole, with all parametrizations that are stacked on it, before
+    or after the norm. Parametrizations of other tensors stay. Layers that share a weight share the new
+    one where it is the same for both: always in a fused model with equal settings, while stock's
+    layers each have a σ of their own.
+
+    Args:
+        model: any model, or a single layer; its layers may have our spectral norm, fused or not, or
+            either of stock's.
+        inplace: change ``model`` itself; else it stays as it is, and a copy is changed.
+
+    Returns:
+        The plain model, in the mode (training or evaluation) of ``model``. Its new weights are parameters
+        (or buffers) that require gradients where the old ones do.
+
+    Raises:
+        TypeError: it is no module, or was compiled or scripted: bake the model that went in.
+        ValueError: there is no spectral norm in it, or a lazy layer that has no weight yet. The message
+            names the layer. Nothing was changed.
+    """
+    _check(model)
+    with torch.inference_mode(False), torch.no_grad():
+        if not inplace:
+            model = copy.deepcopy(model, _results_of_hooks(model))
+        tensors = list(_find(model))
+        values = _values_in_evaluation(model, tensors)
+        # Nothing below raises.
+        for root in model.modules():
+            if GROUP in root.__dict__:
+                unwrap(root)
+        made: dict[tuple[int, ...], list[Tensor]] = {}
+        for tensor, value in zip(tensors, values, strict=True):
+            known = made.setdefault(tensor.original_ids, [])
+            plain = next((other for other in known if torch.equal(other, value)), None)
+            if plain is None:
+                plain = tensor.plain(value)
+                known.append(plain)
+            tensor.replace(plain)
+    return model
+
+
+@dataclass(frozen=True)
+class _Normalized:
+    """A tensor of a module that has a spectral norm, of any make."""
+
+    module: Module
+    name: str
+    hook: StockHook | None
+
+    @property
+    def norms(self) -> Iterable[Module]:
+        """The parametrizations, and what is in them."""
+        return () if self.hook else parametrization_lists(self.module)[self.name].modules()
+
+    @property
+    def originals(self) -> list[Tensor]:
+        """What the tensor is computed from; several with some parametrizations below ours."""
+        if self.hook:
+            return [self.module.get_parameter(f"{self.name}_orig")]
+        list_ = parametrization_lists(self.module)[self.name]
+        return [*list_.parameters(recurse=False), *list_.buffers(recurse=False)]
+
+    @property
+    def original_ids(self) -> tuple[int, ...]:
+        """What layers with a tied weight have in common."""
+        return tuple(map(id, self.originals))
+
+    def value(self) -> Tensor:
+        """Return the tensor as it is now."""
+        if self.hook:
+            weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
+            return weight
+        return parametrization_lists(self.module)[self.name]()
+
+    def plain(self, value: Tensor) -> Tensor:
+        """Return a parameter with a value, or a tensor for a buffer."""
+        originals, value = self.originals, value.detach().clone()
+        if not any(isinstance(original, Parameter) for original in originals):
+            return value
+        return Parameter(value, any(original.requires_grad for original in originals))
+
+    def replace(self, plain: Tensor) -> None:
+        """Take the norm off, and put a plain tensor there."""
+        module, name = self.module, self.name
+        if self.hook:
+            remove_hook(module, self.hook)
+        else:
+            lists = parametrization_lists(module)
+            del lists[name]
+            if lists:
+                stock_class(module)
+            else:
+                del module._modules["parametrizations"]
+                cls = class_of_parametrizations(module)
+                exchange_class(module, cls, cls.__bases__[0])
+        if isinstance(plain, Parameter):
+            setattr(module, name, plain)  # RNNs listen
+        else:
+            module.register_buffer(name, plain)
+
+
+def _find(model: Module) -> Iterator[_Normalized]:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, StockHook):
+                yield _Normalized(module, hook.name, hook)
+        for name, list_ in parametrization_lists(module).items():
+            if any(isinstance(norm, (StockSpectralNorm, OperatorNorm)) for norm in list_):
+                yield _Normalized(module, name, None)
+
+
+def _check(model: Module) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        label = name or type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{label} is a ScriptModule; bake the model before scripting it")
+        if "_orig_mod" in module._modules:
+            raise TypeError(f"{label} was made by torch.compile; bake the model that went in")
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, LazyNorm):
+                raise ValueError(f"{label} is lazy and has no weight before its first forward")
+    if not any(True for _ in _find(model)):
+        raise ValueError(f"{type(model).__name__} has no spectral norm to bake")
+
+
+def _results_of_hooks(model: Module) -> dict[int, Tensor]:
+    """Return what ``deepcopy`` takes for a weight that stock's hook left in the graph."""
+    results = {}
+    for tensor in _find(model):
+        weight = tensor.module.__dict__.get(tensor.name)
+        if tensor.hook and isinstance(weight, Tensor):
+            results[id(weight)] = weight.detach()
+    return results
+
+
+def _values_in_evaluation(model: Module, tensors: list[_Normalized]) -> list[Tensor]:
+    """Return all tensors as they are in evaluation; the layers of a group are computed together."""
+    with _evaluation(norm for tensor in tensors for norm in tensor.norms), ExitStack() as entered:
+        for root in model.modules():
+            if GROUP in root.__dict__:
+                entered.enter_context(group_of(root).normalized())
+        return [tensor.value() for tensor in tensors]
+
+
+@contextmanager
+def _evaluation(modules: Iterable[Module]) -> Iterator[None]:
+    """Put modules into evaluation."""
+    before = [(module, module.training) for module in modules]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
