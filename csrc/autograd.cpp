@@ -60,7 +60,8 @@ Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sig
   const auto dtype = sigma.scalar_type();
   const int64_t dim = targets.dims[layer];
   const double scale = targets.scales[layer];
-  const Tensor rank_one = at::outer(u, v).reshape(output.movedim(dim, 0).sizes()).movedim(0, dim);
+  const Tensor rank_one =
+      at::outer(u, v).reshape_symint(output.movedim(dim, 0).sym_sizes()).movedim(0, dim);
   Tensor total = at::zeros_like(rank_one);
   if (grad_output.defined()) {
     const Tensor grad = grad_output.to(dtype);
@@ -174,17 +175,18 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
                                   const Tensor& saved, const Tensor& sigmas, const Targets& targets,
                                   const c10::List<bool>& needed, const c10::List<bool>& mask) {
     variable_list found;
-    int64_t begin = 0;
+    c10::SymInt begin = 0;
     size_t next = 0;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      const int64_t rows = outputs[i].size(targets.dims[i]), columns = outputs[i].numel() / rows;
+      const c10::SymInt rows = outputs[i].sym_size(targets.dims[i]);
+      const c10::SymInt columns = outputs[i].sym_numel() / rows;
       if (mask[i]) {
         const Tensor& grad_sigmas = grads.back();
         const auto place = static_cast<int64_t>(i);
         found.push_back(differentiable_backward(
             grads[next], grad_sigmas.defined() ? grad_sigmas.select(0, place) : Tensor(),
-            outputs[i], sigmas.select(0, place), saved.narrow(0, begin, rows),
-            saved.narrow(0, begin + rows, columns), targets, i));
+            outputs[i], sigmas.select(0, place), saved.narrow_symint(0, begin, rows),
+            saved.narrow_symint(0, begin + rows, columns), targets, i));
       }
       next += needed[i];
       begin += rows + columns;
@@ -205,16 +207,18 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
                         soft.size() == count && detach_sigma.size() == count,
                     "outputs, dims, scales, soft and detach_sigma must each have ", count,
                     " entries, as weights has");
-  int64_t saved_size = 0;
+  c10::SymInt saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(outputs[i].sizes() == weights[i].sizes(), "the output of layer ", i,
-                      " has shape ", outputs[i].sizes(), ", expected ", weights[i].sizes());
-    TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].numel() > 0,
+    TORCH_CHECK_VALUE(outputs[i].sym_sizes() == weights[i].sym_sizes(), "the output of layer ", i,
+                      " has shape ", outputs[i].sym_sizes(), ", expected ",
+                      weights[i].sym_sizes());
+    TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].sym_numel() > 0,
                       "dim of layer ", i, " is ", dims[i], ", out of range for its weight");
-    saved_size += weights[i].size(dims[i]) + weights[i].numel() / weights[i].size(dims[i]);
+    const c10::SymInt rows = weights[i].sym_size(dims[i]);
+    saved_size += rows + weights[i].sym_numel() / rows;
   }
-  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.size(0) == saved_size && sigmas.dim() == 1 &&
-                        sigmas.size(0) == static_cast<int64_t>(count),
+  TORCH_CHECK_VALUE(saved.dim() == 1 && saved.sym_size(0) == saved_size && sigmas.dim() == 1 &&
+                        sigmas.sym_size(0) == static_cast<int64_t>(count),
                     "saved and sigmas must have shapes [", saved_size, "] and [", count, "]");
 
   Computation computation{outputs,
