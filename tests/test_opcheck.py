@@ -54,6 +54,8 @@ def test_operator(name, requires_grad):
         pytest.skip(reason)
     operator = getattr(torch.ops.spectral_ext, name).default
     checks = list(ALL_TEST_UTILS)  # the default leaves one out
+    if name == "allocate" and not requires_grad:  # its values are whatever was in memory
+        checks = [check for check in checks if "aot_dispatch" not in check]
     for update in (True, False) if "ward" in name else (True,):
         torch.manual_seed(1)
         sample = arguments(name, requires_grad, update)
