@@ -439,16 +439,19 @@ class SpectralGroup:
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
             # FSDP exchanges the weights for their shards and back again: one plan for each.
-            plan, self._other_plan = self._other_plan, plan
-            tensors = None if plan is None else plan.gather()
-            if plan is None or tensors is None:
-                plan = Plan(self._layers)
-                tensors = plan.gather()
-                assert tensors is not None
-                if not plan.is_of_the_same(self._other_plan):
+            other = self._other_plan
+            tensors = None if other is None else other.gather()
+            if other is not None and tensors is not None:
+                plan, self._plan, self._other_plan = other, other, plan
+                return plan, tensors
+            before, plan = plan, Plan(self._layers)
+            tensors = plan.gather()
+            assert tensors is not None
+            if not is_traced():
+                self._plan, self._other_plan = plan, before
+                if not plan.is_of_the_same(before):
                     self._unit_sigmas = self._not_finite = None
                     self._convergence = []
-            self._plan = plan
         return plan, tensors
 
     def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
