@@ -210,9 +210,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         columns = _columns(tensors)
-        made, convergence = compute(
-            *columns, call.settings, call.update, call.backend, call.dtype
-        )
+        made, convergence = compute(*columns, call.settings, call.update, call.backend, call.dtype)
         return (*made.outputs, made.sigmas, made.saved, convergence)
 
     @staticmethod

@@ -16,6 +16,7 @@ from .layout import (
     compute_dtype,
     matrix_shape,
     output_dtype,
+    without_autocast,
 )
 from .reference import Order
 from .settings import LayerSettings, Settings
@@ -336,7 +337,9 @@ def normalize_layers(
         and all(u is not None for u in us)
     ):
         chosen = select(backend, *devices)
-        return _normalize_in_one_call(weights, us, vs, settings, update, chosen, bucket_bytes, dtype)
+        return _normalize_in_one_call(
+            weights, us, vs, settings, update, chosen, bucket_bytes, dtype
+        )
     return _normalize_mixed(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
 
 
@@ -616,20 +619,21 @@ def _normalize_by_reference(
             check_layer("weight", weight, u, v, settings.dims[0])
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = weight.clone()  # autograd keeps it, and an optimizer may change the weight
-    result = reference.spectral_normalize(
-        weight,
-        u,
-        v,
-        n_power_iterations=settings.n_power_iterations[0],
-        eps=settings.eps[0],
-        dim=settings.dims[0],
-        order="v_first" if settings.v_first[0] else "u_first",
-        tol=settings.tols[0],
-        scale=settings.scales[0],
-        soft=settings.soft[0],
-        detach_sigma=settings.detach_sigma[0],
-        update=update,
-    )
+    with without_autocast(weight.device):
+        result = reference.spectral_normalize(
+            weight,
+            u,
+            v,
+            n_power_iterations=settings.n_power_iterations[0],
+            eps=settings.eps[0],
+            dim=settings.dims[0],
+            order="v_first" if settings.v_first[0] else "u_first",
+            tol=settings.tols[0],
+            scale=settings.scales[0],
+            soft=settings.soft[0],
+            detach_sigma=settings.detach_sigma[0],
+            update=update,
+        )
     if update and u is not None and v is not None:
         with torch.no_grad():
             u.copy_(result.u)

@@ -26,12 +26,13 @@ def layers(requires_grad):
     return [w.requires_grad_(requires_grad) for w in weights], us, vs, settings
 
 
-def arguments(name, requires_grad, update):
+def arguments(name, requires_grad, update, narrow):
     weights, us, vs, settings = layers(requires_grad)
+    dtype = torch.bfloat16 if narrow else None
     if name == "allocate":
-        return weights, settings.dims
+        return weights, settings.dims, dtype
     with torch.no_grad():
-        outputs, saved, sigmas = allocate(weights, settings.dims)
+        outputs, saved, sigmas = allocate(weights, settings.dims, dtype)
         forward = (us, vs, outputs, saved, sigmas, saved.new_empty(4), *settings.of_forward(update))
         backends.reference.forward_(weights, *forward)
     if name.endswith("forward_"):
@@ -42,8 +43,8 @@ def arguments(name, requires_grad, update):
     if not requires_grad:
         grads[0] = None
     results = [x.requires_grad_(requires_grad) for x in (*outputs, sigmas)]
-    mask = [True, not update]
-    return grads, torch.randn(2), results[:2], saved, results[2], *settings.of_node, mask
+    mask, widen = [True, not update], [narrow, False]
+    return grads, torch.randn(2), results[:2], saved, results[2], *settings.of_node, mask, widen
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -56,7 +57,7 @@ def test_operator(name, requires_grad):
     checks = list(ALL_TEST_UTILS)  # the default leaves one out
     if name == "allocate" and not requires_grad:  # its values are whatever was in memory
         checks = [check for check in checks if "aot_dispatch" not in check]
-    for update in (True, False) if "ward" in name else (True,):
+    for option in (True, False):  # to update, and to give bfloat16 for float32
         torch.manual_seed(1)
-        sample = arguments(name, requires_grad, update)
+        sample = arguments(name, requires_grad, option, option)
         torch.library.opcheck(operator, sample, test_utils=checks)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from ..layout import without_autocast
 from .dynamic_class import (
     GROUP,
     class_of_parametrizations,
@@ -165,18 +166,16 @@ def _check(model: Module) -> None:
 
 
 def _results_of_hooks(model: Module) -> dict[int, Tensor]:
-    """Return what ``deepcopy`` takes for a weight that stock's hook left in the graph."""
-    results = {}
-    for tensor in _find(model):
-        weight = tensor.module.__dict__.get(tensor.name)
-        if tensor.hook and isinstance(weight, Tensor):
-            results[id(weight)] = weight.detach()
-    return results
+    """Return what ``deepcopy`` takes for tensors in a graph, which hooks have left in the modules."""
+    attributes = (value for module in model.modules() for value in module.__dict__.values())
+    return {id(x): x.detach() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
 
 
 def _values_in_evaluation(model: Module, tensors: list[_Normalized]) -> list[Tensor]:
     """Return all tensors as they are in evaluation; the layers of a group are computed together."""
     with _evaluation(norm for tensor in tensors for norm in tensor.norms), ExitStack() as entered:
+        for device in {original.device for tensor in tensors for original in tensor.originals}:
+            entered.enter_context(without_autocast(device))
         for root in model.modules():
             if GROUP in root.__dict__:
                 entered.enter_context(group_of(root).normalized())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nets import NORMS, OURS, STOCK, Net, assert_close, assert_same_state, inputs, make, state
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import spectral_ext
 
@@ -147,6 +147,28 @@ def test_half_precision_keeps_its_dtype():
     assert {p.dtype for p in baked.parameters()} == {torch.bfloat16}
     x = inputs(dtype=torch.bfloat16)
     assert torch.equal(baked(x), net(x))
+
+
+def test_autocast_is_of_no_account():
+    """What is folded has the precision of the weights, in a group that heeds autocast, too."""
+    net = make(STOCK["u_first"], dtype=torch.float32)
+    spectral_ext.fuse(net, autocast=True)
+    expected = spectral_ext.bake(net)
+    with torch.autocast("cpu"):
+        baked = spectral_ext.bake(net)
+    assert all(map(torch.equal, baked.parameters(), expected.parameters()))
+
+
+def test_a_pruned_weight():
+    net = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64))
+    parametrizations.spectral_norm(net[0])
+    prune.l1_unstructured(net[0].parametrizations.weight, "original", amount=0.5)
+    spectral_ext.fuse(net)
+    baked = spectral_ext.bake(net)
+    assert type(baked[0]) is nn.Linear
+    assert baked.state_dict().keys() == nn.Sequential(nn.Linear(4, 3)).state_dict().keys()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(baked(x), net.eval()(x))
 
 
 class Doubled(nn.Module):

@@ -21,7 +21,7 @@ from torch.func import (
 )
 
 import spectral_ext
-from spectral_ext import backends
+from spectral_ext import backends, functional
 
 X = inputs()
 HEAD = "head.parametrizations.weight.original"
@@ -306,6 +306,25 @@ def test_a_constant_sigma_in_forward_mode(backend):
     tangent = torch.randn_like(weight)
     _, found = jvp(lambda w: functional_call(net, {name: w}, (x,)), (weight,), (tangent,))
     assert_close(found, x @ (2 * tangent / sigma).T @ net[1].weight.T)
+
+
+def test_half_precision_of_float32_weights(backend):
+    """What autocast asks for; forward and reverse mode against each other, and every member alone."""
+    weights, u, v = torch.randn(3, 5, 4), torch.randn(5), torch.randn(4)
+    options = {"update": False, "dtype": torch.bfloat16, "backend": backend}
+
+    def normalized(weight):
+        return functional.spectral_normalize([weight], [u], [v], **options)[0][0]
+
+    tangent = torch.randn_like(weights[0])
+    output, pull = vjp(normalized, weights[0])
+    _, along = jvp(normalized, (weights[0],), (tangent,))
+    cotangent = torch.randn_like(output)
+    (gradient,) = pull(cotangent)
+    assert (output.dtype, along.dtype, gradient.dtype) == (torch.bfloat16,) * 2 + (torch.float32,)
+    assert_close((gradient * tangent).sum(), (along * cotangent).sum().float(), rtol=3e-2)
+    together = vmap(normalized)(weights)
+    assert all(torch.equal(one, normalized(w)) for one, w in zip(together, weights, strict=True))
 
 
 def test_nothing_of_a_transform_is_left(backend):
