@@ -210,8 +210,7 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
   c10::SymInt saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(outputs[i].sym_sizes() == weights[i].sym_sizes(), "the output of layer ", i,
-                      " has shape ", outputs[i].sym_sizes(), ", expected ",
-                      weights[i].sym_sizes());
+                      " has shape ", outputs[i].sym_sizes(), ", expected ", weights[i].sym_sizes());
     TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].sym_numel() > 0,
                       "dim of layer ", i, " is ", dims[i], ", out of range for its weight");
     const c10::SymInt rows = weights[i].sym_size(dims[i]);
