@@ -219,7 +219,7 @@ def _check_root(model: Module, bucket_mb: float | None) -> None:
     if "forward" in model.__dict__:
         raise RuntimeError(
             f"{type(model).__name__} has its forward in the instance, where it hides that of its "
-            "class; fuse the model before torch.compile, or delete that attribute"
+            "class; fuse the model before torch.compile or Accelerate, or delete that attribute"
         )
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"bucket_mb must be positive, got bucket_mb={bucket_mb}")
