@@ -8,7 +8,11 @@ import sys
 import pytest
 import samples
 import torch
-from test_numeric import (  # noqa: F401  (run here with the backend of this file)
+from test_half_outputs import (  # noqa: F401  (run here with the backend of this file)
+    test_half_outputs_are_the_float_ones_rounded_once,
+    test_weights_of_several_dtypes,
+)
+from test_numeric import (  # noqa: F401  (and these)
     DTYPES,
     ORDERS,
     test_backward,
@@ -27,7 +31,7 @@ from test_numeric import (  # noqa: F401  (run here with the backend of this fil
     test_zero_sigma_of_a_weight_that_is_not_zero,
     test_zero_weight,
 )
-from test_options import (  # noqa: F401
+from test_options import (  # noqa: F401  (and these)
     test_a_weight_within_its_bound_is_left_alone,
     test_a_zero_weight_stays_zero_whatever_the_target,
     test_averaged_vectors_count_as_unit_vectors_in_evaluation,
@@ -94,8 +98,9 @@ class Visiting:
         place = tensor.size(), tensor.stride(), tensor.storage_offset()
         return storage.cuda().as_strided(*place)
 
-    def allocate(self, weights, dims):
-        outputs, saved, sigmas = self.backend.allocate([self.there(w) for w in weights], dims)
+    def allocate(self, weights, dims, dtype=None):
+        there = [self.there(weight) for weight in weights]
+        outputs, saved, sigmas = self.backend.allocate(there, dims, dtype)
         return [torch.empty_like(y, device="cpu") for y in outputs], saved.cpu(), sigmas.cpu()
 
     def forward_(self, weights, us, vs, outputs, saved, sigmas, convergence, *settings):
