@@ -177,7 +177,8 @@ def test_metadata(pure_wheel):
     assert about["Requires-Python"] == ">=3.10"
     required = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.11"]
-    assert {"triton", "demo", "report", "test", "lint", "dev"} == set(
+    tools = {"accelerate", "export", "keras", "lightning"}
+    assert tools | {"triton", "demo", "report", "test", "lint", "dev"} == set(
         about.get_all("Provides-Extra")
     )
 

@@ -79,6 +79,7 @@ def test_a_thousand_steps_do_not_grow(settings, backend):
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_cycles_of_fusing_leak_nothing(update):
     net = make(STOCK["u_first"], STOCK["v_first"])
+    net.__class__ = type("Own", (type(net),), {})  # no other model has its fused class
     expected = make(STOCK["u_first"], STOCK["v_first"])
     gone = []
     classes = len(dynamic_class._fused_classes)
