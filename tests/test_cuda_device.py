@@ -382,6 +382,36 @@ def test_compiled_with_cuda_graphs():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    """Weights are written in its dtype, the norms stay float32; a scaled loss, as in training."""
+
+    def model():
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(64, 96), torch.nn.Linear(96, 16)]
+        return torch.nn.Sequential(*(spectral_norm(layer) for layer in layers)).cuda()
+
+    plain, net = model(), model()
+    fuse(plain)
+    group = fuse(net, autocast=True)
+    torch.use_deterministic_algorithms(False)
+    scaler = torch.amp.GradScaler("cuda", 2.0**8)
+    x = torch.randn(8, 64, device="cuda")
+    for each in (plain, net):
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        with torch.autocast("cuda", dtype):
+            scaler.scale(each(x).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    for a, b in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+    with torch.autocast("cuda", dtype), group.normalized():
+        assert net[0].weight.dtype == dtype
+    assert group.sigmas.dtype == torch.float32
+
+
 # ---- Bad input
 
 
