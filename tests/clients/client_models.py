@@ -56,6 +56,10 @@ def espnet() -> nn.Module:
 
 
 def parallel_wavegan() -> nn.Module:
+    """The same by the package that it comes from, which wants a name where scipy had it until 2024."""
+    import scipy.signal
+
+    scipy.signal.kaiser = scipy.signal.windows.kaiser
     from parallel_wavegan.models import HiFiGANMultiScaleDiscriminator
 
     return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)

@@ -18,6 +18,8 @@ class Client:
 
     alone: tuple[str, ...]
     whole: tuple[str, ...] = ()
+    isolated: bool = True
+    """Whether pip may build it in an environment of its own; some set-ups want what is here."""
     native: bool = False
     """Whether something in it was compiled for the build of torch that the registry has."""
 
@@ -31,9 +33,7 @@ CLIENTS = {
     ),
     "espnet": Client(("espnet==202511",)),
     "normflows": Client(("normflows==1.7.3",)),
-    # Its set-up imports pip, which an isolated build does not have, and the package a name that scipy has
-    # no longer. The discriminators are the same as espnet's, which are by the same author.
-    "parallel-wavegan": Client(("parallel-wavegan==0.6.1",)),
+    "parallel-wavegan": Client(("parallel-wavegan==0.6.1",), isolated=False),  # imports pip
     "pytorch-pretrained-biggan": Client(
         ("pytorch-pretrained-biggan==0.1.1",),
         ("boto3", "requests", "tqdm"),

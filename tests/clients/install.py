@@ -37,7 +37,8 @@ def install(client: Client) -> str | None:
     torch = metadata.version("torch")
     if client.native and "+" in torch:
         return f"not tried: torch {torch} is not the registry's build, for which it was compiled"
-    for requirements, options in ((client.alone, ["--no-deps"]), (client.whole, [])):
+    alone = ["--no-deps"] if client.isolated else ["--no-deps", "--no-build-isolation"]
+    for requirements, options in ((client.alone, alone), (client.whole, [])):
         missing = [r for r in requirements if not is_there(Requirement(r))]
         if missing:
             failure = pip(*options, *missing)
