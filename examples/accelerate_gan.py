@@ -1,14 +1,15 @@
 """The GAN of demo.py under Accelerate, with a fused discriminator; a run goes on from its checkpoint.
 
-    python examples/accelerate_gan.py [--epochs N] [--out FOLDER] [--resume FOLDER]
-    accelerate launch examples/accelerate_gan.py …
+    python examples/accelerate_gan.py [--steps N] [--out FOLDER] [--resume FOLDER]
 
-Accelerate keeps the states of models, optimizers, random number generators and the order of the data, so
-that a resumed run makes the very steps that an uninterrupted one makes. Needs
-``pip install 'spectral-ext[accelerate,demo]'``.
+Accelerate keeps the states of models, optimizers and random numbers; the run adds how far it has come and the
+seed of the order of the data. So a resumed run makes the very steps that an uninterrupted one makes, from the
+middle of an epoch too. Needs ``pip install 'spectral-ext[accelerate,demo]'``.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from demo import LATENT, discriminator, generator
 from rich.console import Console
 from rich.progress import Progress
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import spectral_ext
@@ -30,39 +31,44 @@ class Run:
     """What Accelerate has prepared for a training, and how far it has come."""
 
     def __init__(self, fused: bool = True, batch: int = 64, **options: Any) -> None:
-        order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
+        order = DataLoaderConfiguration(use_seedable_sampler=True)
         self.accelerator = Accelerator(dataloader_config=order, **options)
         g, d = generator(), discriminator()
-        self.group = spectral_ext.fuse(d) if fused else None
-        nets: list[nn.Module] = [g, d]
-        optimizers = [torch.optim.Adam(net.parameters(), 5e-4, (0.0, 0.9)) for net in nets]
-        digits = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
-        loader = DataLoader(TensorDataset(digits), batch, shuffle=True, drop_last=True)
-        prepared = self.accelerator.prepare(*nets, *optimizers, loader)
-        self.generator, self.discriminator, self.g_optimizer, self.d_optimizer, self.loader = (
-            prepared
-        )
-        self.epoch = 0
+        if fused:
+            spectral_ext.fuse(d)
+        optimizers = [torch.optim.Adam(net.parameters(), 5e-4, (0.0, 0.9)) for net in (g, d)]
+        dtype = torch.get_default_dtype()
+        digits = torch.tensor(load_digits().images, dtype=dtype)[:, None] / 8 - 1
+        own = torch.Generator()  # else an epoch draws from the noise's, and a resumed one once more
+        loader = DataLoader(TensorDataset(digits), batch, True, drop_last=True, generator=own)
+        prepared = self.accelerator.prepare(g, d, *optimizers, loader)
+        self.generator, self.discriminator = prepared[:2]
+        self.g_optimizer, self.d_optimizer, self.loader = prepared[2:]
+        self.step = 0
         self.accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, int]:
-        """Return what Accelerate saves besides."""
-        return {"epoch": self.epoch}
+        """Return what Accelerate saves besides; it leaves the seed of the order to us."""
+        return {"step": self.step, "order": self.loader.get_sampler().initial_seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where a run was saved."""
-        self.epoch = state["epoch"]
+        """Go on after the step that was made last."""
+        self.step = state["step"]
+        self.loader.get_sampler().initial_seed = state["order"]
 
-    def train_epoch(self) -> Tensor:
-        """Train on all digits once; return the last loss of the discriminator."""
-        self.loader.set_epoch(self.epoch)
-        for (real,) in self.loader:
-            d_loss = self.step(real)
-        self.epoch += 1
-        return d_loss
+    def train(self, steps: int) -> Iterator[Tensor]:
+        """Train until so many steps are made since the start; yield the loss of each."""
+        while self.step < steps:
+            epoch, made = divmod(self.step, len(self.loader))
+            rest = self.accelerator.skip_first_batches(self.loader, made)
+            rest.set_epoch(epoch)
+            for (real,) in islice(rest, steps - self.step):
+                loss = self.train_step(real)
+                self.step += 1
+                yield loss
 
-    def step(self, real: Tensor) -> Tensor:
-        """Make one step of each of both."""
+    def train_step(self, real: Tensor) -> Tensor:
+        """Make one step of each of both; return the loss of the discriminator."""
         fake = self.generator(torch.randn(len(real), LATENT).to(real))
         scores = self.discriminator(real), self.discriminator(fake.detach())
         d_loss = F.relu(1 - scores[0]).mean() + F.relu(1 + scores[1]).mean()
@@ -75,29 +81,31 @@ class Run:
         return d_loss.detach()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, from the start or from a checkpoint."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1000, help="of the whole run")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/accelerate"))
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a checkpoint to go on from")
-    args = parser.parse_args()
-    set_seed(0)
-    run = Run()
-    if args.resume is not None:
-        run.accelerator.load_state(args.resume)
+    arguments = parser.parse_args(argv)
+    set_seed(arguments.seed)
+    run = Run(batch=arguments.batch_size)
+    if arguments.resume is not None:
+        run.accelerator.load_state(arguments.resume)
+    group = spectral_ext.group_of(run.discriminator)
     console = Console()
-    is_shown = run.accelerator.is_main_process
-    with Progress(console=console, transient=True, disable=not is_shown) as progress:
-        task = progress.add_task("epochs", total=args.epochs, completed=run.epoch)
-        while run.epoch < args.epochs:
-            loss = run.train_epoch()
-            progress.advance(task)
-            if is_shown and run.group is not None:
-                largest = max(run.group.log_dict().values())
-                console.print(f"epoch {run.epoch}: loss {loss.item():.4f}, largest σ {largest:.2f}")
-    run.accelerator.save_state(args.out)
-    run.accelerator.print(f"saved; go on with --resume {args.out}")
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("steps", total=arguments.steps, completed=run.step)
+        for loss in run.train(arguments.steps):
+            progress.advance(bar)
+            if run.step % 100 == 0 or run.step == arguments.steps:
+                log = group.log_dict("")
+                sigmas = f"{log['sigma_min']:.3f} to {log['sigma_max']:.3f}"
+                console.print(f"step {run.step}: loss {loss.item():.4f}, σ from {sigmas}")
+    run.accelerator.save_state(arguments.out)
+    print(f"Go on with --resume {arguments.out}")
 
 
 if __name__ == "__main__":
