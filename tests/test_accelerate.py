@@ -72,7 +72,9 @@ def assert_close(found, expected):
     """Within what float64 rounds in a few steps of Adam; the random numbers are the same."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("steps", [5, EPOCH], ids=["mid-epoch", "epoch's end"])
