@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(batch=arguments.batch_size)
     if arguments.resume is not None:
         run.accelerator.load_state(arguments.resume)
-    group = spectral_ext.group_of(run.discriminator)
+    group = spectral_ext.group_of(run.accelerator.unwrap_model(run.discriminator))
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("steps", total=arguments.steps, completed=run.step)
