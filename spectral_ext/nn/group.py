@@ -1,7 +1,6 @@
 """The layers of a fused model, computed together on entry to its forward."""
 
 import contextlib
-import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists
 from .history import History
 from .kept import Kept, Update, watch_optimizers
+from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
 from .report import log_dict
@@ -59,9 +59,7 @@ class SpectralGroup:
         self._layers = list(layers)
         self._plan: Plan | None = None
         self._other_plan: Plan | None = None
-        self._unit_sigmas: Tensor | None = None
-        self._convergence: list[tuple[Tensor, Sequence[int], bool]] = []
-        self._not_finite: Tensor | None = None
+        self._last = LastForward()
         self._kept: Kept | None = None
         self.history = History()
         if update != "forward":
@@ -85,13 +83,13 @@ class SpectralGroup:
 
         From the last forward; before the first one with the ``u`` and ``v`` that the layers have.
         """
-        plan, sigmas = self._plan, self._unit_sigmas
+        plan, sigmas = self._plan, self._last.sigmas
         if plan is None or sigmas is None or len(plan.layers) != len(self.layers):
             plan, tensors = self._gather()
             count = len(tensors.weights)
             with torch.no_grad():
                 parts = self._run(plan, tensors, list(range(count)), [False] * count)
-            sigmas = _join_sigmas(parts, count)
+            sigmas = join_sigmas(parts, count)
             assert sigmas is not None
         return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
 
@@ -101,7 +99,8 @@ class SpectralGroup:
 
         In the order of :attr:`layers`; 0 in evaluation, NaN before the first forward.
         """
-        return self._report(1)
+        plan, _ = self._gather()
+        return self._last.iterations(plan)[plan.unit_of_layer]
 
     @property
     def residuals(self) -> Tensor:
@@ -110,18 +109,8 @@ class SpectralGroup:
         Of the last iteration; NaN for layers without a ``tol``. See
         :func:`spectral_ext.reference.power_iteration`.
         """
-        return self._report(0)
-
-    def _report(self, row: int) -> Tensor:
-        plan, tensors = self._gather()
-        values = torch.full((len(tensors.weights),), math.nan, device=plan.device)
-        for convergence, part, updated in self._convergence:
-            if len(convergence):
-                values[list(part)] = convergence.view(2, -1)[row].to(values)
-            elif row == 1:
-                steps = [plan.settings.n_power_iterations[i] if updated else 0 for i in part]
-                values[list(part)] = values.new_tensor(steps)
-        return values[plan.unit_of_layer]
+        plan, _ = self._gather()
+        return self._last.residuals(plan)[plan.unit_of_layer]
 
     def log_dict(self, prefix: str = "spectral_norm/") -> dict[str, float]:
         """Return σ of every layer by name, for TensorBoard, Weights & Biases or Lightning.
@@ -142,8 +131,9 @@ class SpectralGroup:
         if not self.check_finite:
             raise ValueError("the group does not note it; fuse the model with check_finite=True")
         plan, _ = self._gather()
-        bad = [] if self._not_finite is None else self._not_finite.tolist()
-        self._not_finite = None
+        last = self._last
+        bad = [] if last.not_finite is None else last.not_finite.tolist()
+        last.not_finite = None
         names = [
             layer.qualified_name
             for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
@@ -303,7 +293,6 @@ class SpectralGroup:
                 (layer.name, layer.module, layer.tensor_name, layer.parametrization)
                 for layer in self.registered
             ],
-            "sigmas": self._unit_sigmas,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -450,8 +439,8 @@ class SpectralGroup:
             if not is_traced():
                 self._plan, self._other_plan = plan, before
                 if not plan.is_of_the_same(before):
-                    self._unit_sigmas = self._not_finite = None
-                    self._convergence = []
+                    self._last.forget()
+                    self._last.not_finite = None
         return plan, tensors
 
     def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
@@ -470,24 +459,11 @@ class SpectralGroup:
             results = call(training[0], self._bucket_bytes, self._output_dtype(plan))
         except (TypeError, ValueError):  # the long way knows more, or says which layer it is
             return None
-        sigmas = results.sigmas
-        self._unit_sigmas = sigmas.detach() if sigmas.requires_grad else sigmas
-        part = range(len(training))
-        self._convergence = [(results.convergence, part, training[0])]
+        parts: list[Part] = [(results, range(len(training)))]
+        self._last.note(parts, training)
         if self.check_finite:
-            self._note_not_finite([(results, part)], len(training))
+            self._last.note_not_finite(parts, len(training))
         return results
-
-    def _note_not_finite(self, parts: list[Part], count: int) -> None:
-        """Note which units have no finite σ, without waiting for the device."""
-        for results, part in parts:
-            bad = ~results.sigmas.detach().isfinite()
-            if len(part) < count:
-                of_part = torch.zeros(count, dtype=torch.bool, device=bad.device)
-                of_part[list(part)] = bad
-                bad = of_part
-            before = self._not_finite
-            self._not_finite = bad if before is None else before | bad.to(before.device)
 
     def _output_dtype(self, plan: Plan) -> torch.dtype | None:
         """Return the dtype that autocast wants now, if the group heeds it."""
@@ -506,14 +482,11 @@ class SpectralGroup:
         """Compute the units at ``places``, and note what the group tells of its last forward."""
         parts = self._run(plan, tensors, places, updates)
         if is_traced():
-            self._unit_sigmas, self._convergence = None, []
+            self._last.forget()
             return parts
-        self._unit_sigmas = _join_sigmas(parts, len(updates))
-        self._convergence = [
-            (results.convergence, part, updates[part[0]]) for results, part in parts
-        ]
+        self._last.note(parts, updates)
         if self.check_finite:
-            self._note_not_finite(parts, len(updates))
+            self._last.note_not_finite(parts, len(updates))
         return parts
 
     def _run(
@@ -619,22 +592,6 @@ def _join_normalized(parts: list[Part], count: int) -> list[Tensor | None]:
         for place, weight in zip(part, results.normalized, strict=True):
             normalized[place] = weight
     return normalized
-
-
-def _join_sigmas(parts: list[Part], count: int) -> Tensor | None:
-    """Return the sigmas of all units in one detached tensor; None if not all were computed."""
-    if sum(len(part) for _, part in parts) < count:
-        return None
-    if not parts:
-        return torch.empty(0)
-    if len(parts) == 1:
-        sigmas = parts[0][0].sigmas
-        return sigmas.detach() if sigmas.requires_grad else sigmas
-    several = [results.sigmas.detach() for results, _ in parts]
-    dtype = torch.promote_types(several[0].dtype, several[-1].dtype)
-    joined = torch.cat([s.to(several[0].device, dtype) for s in several])
-    order = [place for _, part in parts for place in part]
-    return joined[[order.index(place) for place in range(count)]]
 
 
 def _backend_name(name: str | None, device: torch.device) -> str:
