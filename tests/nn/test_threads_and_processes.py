@@ -1,5 +1,6 @@
 """Fused models in several threads, in workers of a DataLoader, and at the end of a process."""
 
+import copy
 import multiprocessing
 import subprocess
 import sys
@@ -95,11 +96,13 @@ class Scored(Dataset):
         return 6
 
     def __getitem__(self, i):
+        net = copy.deepcopy(
+            self.net
+        )  # spawned workers share the memory of u and v, as torch does it
         x = torch.full((1, 64), float(i))
-        output = self.net(x)
-        output.sum().backward()
+        net(x).sum().backward()
         with torch.no_grad():
-            return self.net.eval()(x)
+            return net.eval()(x)
 
 
 def wide(fused=True):
@@ -128,7 +131,7 @@ def test_workers_of_a_data_loader(start):
         net.zero_grad()
         net.train()
         loader = DataLoader(
-            Scored(net), batch_size=None, num_workers=1, multiprocessing_context=start, timeout=60
+            Scored(net), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=60
         )
         found = list(loader)
     finally:
