@@ -34,6 +34,9 @@ OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
     "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, centered=True),
     "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=4),
+    "LBFGS with a search": lambda p: torch.optim.LBFGS(
+        p, max_iter=3, line_search_fn="strong_wolfe"
+    ),
 }
 
 
@@ -41,7 +44,7 @@ def step(net, optimizer, x):
     """Make one step, by a closure that LBFGS calls several times; return the first loss."""
 
     def closure():
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=x % 2 == 0)
         loss = net(inputs(x)).square().sum()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -62,6 +65,7 @@ def test_optimizers(name, settings, backend):
         if x == 3:
             spectral_ext.unfuse(net)
         losses = [step(*pair, x) for pair in zip((stock, net), optimizers, strict=True)]
+        assert optimizers[1].state.keys() <= set(net.parameters())
         # What rounding does to a line of steps grows; RMSprop divides by small numbers.
         assert_close(losses[1], losses[0], f"loss {x}", rtol=1e-9)
         assert_same_state(net, stock, rtol=1e-8)
