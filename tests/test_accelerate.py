@@ -95,6 +95,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, steps):
     assert_equal(everything(resumed), expected)
 
 
+class Seeing(Run):
+    """Keeps the digits that it saw."""
+
+    def train_step(self, real):
+        self.__dict__.setdefault("seen", []).append(real)
+        return super().train_step(real)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    accelerate.utils.set_seed(0)
+    run = Seeing(batch=BATCH, cpu=True)
+    train(run, 2 * EPOCH)
+    first, second = torch.cat(run.seen[:EPOCH]), torch.cat(run.seen[EPOCH:])
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first.sum(0), second.sum(0))  # of the same digits
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["unfused first", "fused first"])
 def test_a_checkpoint_goes_from_fused_to_unfused_and_back(tmp_path, double, first):
     """The unfused runs without a stop, and the one that was fused for a half of it, in float64."""
