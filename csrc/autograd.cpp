@@ -227,16 +227,16 @@ std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList ou
                           {}};
   std::vector<Tensor> needed, results(outputs.begin(), outputs.end());
   needed.reserve(count);
-  c10::List<bool> widen;
+  const auto is_wide = [&](size_t i) {
+    return weights[i].scalar_type() == at::kFloat && outputs[i].scalar_type() != at::kFloat;
+  };
   bool is_any_wide = false;
   for (size_t i = 0; i < count; ++i) {
     computation.needed.push_back(weights[i].requires_grad());
     if (weights[i].requires_grad()) needed.push_back(weights[i]);
-    widen.push_back(weights[i].scalar_type() == at::kFloat &&
-                    outputs[i].scalar_type() != at::kFloat);
-    is_any_wide = is_any_wide || widen[i];
+    is_any_wide = is_any_wide || is_wide(i);
   }
-  if (is_any_wide) computation.targets.widen = widen;
+  for (size_t i = 0; is_any_wide && i < count; ++i) computation.targets.widen.push_back(is_wide(i));
   variable_list attached = SpectralNormalize::apply(TensorList(needed), computation);
   size_t next = 0;
   for (size_t i = 0; i < count; ++i) {
