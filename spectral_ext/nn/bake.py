@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from .dynamic_class import (
     stock_class,
     unwrap,
 )
+from .evaluation import in_evaluation
 from .group import group_of
 from .hook_layout import remove_hook
 from .operator_norm import OperatorNorm
@@ -173,23 +174,11 @@ def _results_of_hooks(model: Module) -> dict[int, Tensor]:
 
 def _values_in_evaluation(model: Module, tensors: list[_Normalized]) -> list[Tensor]:
     """Return all tensors as they are in evaluation; the layers of a group are computed together."""
-    with _evaluation(norm for tensor in tensors for norm in tensor.norms), ExitStack() as entered:
+    norms = (norm for tensor in tensors for norm in tensor.norms)
+    with in_evaluation(norms), ExitStack() as entered:
         for device in {original.device for tensor in tensors for original in tensor.originals}:
             entered.enter_context(without_autocast(device))
         for root in model.modules():
             if GROUP in root.__dict__:
                 entered.enter_context(group_of(root).normalized())
         return [tensor.value() for tensor in tensors]
-
-
-@contextmanager
-def _evaluation(modules: Iterable[Module]) -> Iterator[None]:
-    """Put modules into evaluation."""
-    before = [(module, module.training) for module in modules]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode

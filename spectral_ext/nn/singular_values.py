@@ -1,7 +1,6 @@
 """The largest singular values of a model's weights, without a trace in the model."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
@@ -14,6 +13,7 @@ from ..spectrum import matrix
 from ..validation import check_weight
 from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
+from .evaluation import in_evaluation
 from .operator_norm import OperatorNorm
 from .parametrization import StockHook, StockSpectralNorm, default_dim
 
@@ -61,7 +61,7 @@ def singular_values(
     matrix.check_iteration(tol, max_iterations)
     if isinstance(names, str):
         raise TypeError(f"names must be a collection of names, got the text {names!r}")
-    with torch.no_grad(), _evaluation(model):
+    with torch.no_grad(), in_evaluation(model.modules()):
         found = {name: (w, dim) for name, w, dim in _weights(model, names, normalized)}
     if names is not None and not found.keys() >= set(names):
         unknown = sorted(set(names) - found.keys())
@@ -73,19 +73,6 @@ def singular_values(
             as_matrix, min(k, *as_matrix.shape), tol=tol, max_iterations=max_iterations
         )
     return values
-
-
-@contextmanager
-def _evaluation(model: Module) -> Iterator[None]:
-    """Switch to evaluation for a while, without ``eval()``, which a model may have made its own."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _weights(
