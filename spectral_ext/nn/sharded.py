@@ -147,33 +147,21 @@ def normalize_sharded(
         us, vs: whole on every rank, with the same values; **written in place** when ``update``.
         settings, update, backend, dtype: as in :func:`spectral_ext.functional.normalize_layers`.
     """
-    with without_autocast(weights[0].device):
-        return _normalize_sharded(weights, us, vs, settings, update, backend, dtype)
-
-
-def _normalize_sharded(
-    weights: Sequence[Tensor],
-    us: Sequence[Any],
-    vs: Sequence[Any],
-    settings: Settings,
-    update: bool,
-    backend: str | None,
-    dtype: torch.dtype | None,
-) -> ShardedResults:
     count = len(weights)
     found: list[Any] = [None] * count
     cuts: list[_Cut] = []
     places: list[int] = []
-    for i, weight in enumerate(weights):
-        one = settings.select([i])
-        gathered = _is_gathered(weight, us[i], one)
-        cut = None if gathered else _cut_of(weight, us[i], vs[i], one)
-        if cut is None:
-            found[i] = _gathered(weight, us[i], vs[i], one, update, backend)
-        else:
-            cuts.append(cut)
-            places.append(i)
-    (_iterate if update else _evaluate)(cuts)
+    with without_autocast(weights[0].device):
+        for i, weight in enumerate(weights):
+            one = settings.select([i])
+            gathered = _is_gathered(weight, us[i], one)
+            cut = None if gathered else _cut_of(weight, us[i], vs[i], one)
+            if cut is None:
+                found[i] = _gathered(weight, us[i], vs[i], one, update, backend)
+            else:
+                cuts.append(cut)
+                places.append(i)
+        (_iterate if update else _evaluate)(cuts)
     for i, cut in zip(places, cuts, strict=True):
         u, v = (cut.start, cut.first) if cut.v_first else (cut.first, cut.start)
         if update:
