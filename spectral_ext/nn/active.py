@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..functional import Results
+from ..normalization import Results
 from .sharded import ShardedResults, ShardedUnit
 
 __all__ = ["Part", "Record", "Visible", "active", "hidden_saves", "in_force", "lookup"]

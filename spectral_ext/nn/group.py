@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..functional import Results, is_traced, normalize_layers
+from ..normalization import Results, is_traced, normalize_layers
 from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache

@@ -16,8 +16,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 from typing_extensions import Self
 
 from .. import backends
-from ..functional import normalize_layers, with_gain
 from ..layout import compute_dtype, matrix_shape
+from ..normalization import normalize_layers, with_gain
 from ..reference import Order, weight_matrix
 from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight

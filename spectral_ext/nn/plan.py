@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend
-from ..functional import PreparedCall, prepare, with_gain
+from ..normalization import PreparedCall, prepare, with_gain
 from ..reference import Order
 from ..settings import Settings
 from .dynamic_class import parametrization_lists

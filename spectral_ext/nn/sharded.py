@@ -32,8 +32,8 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import backends
 from ..autograd import Computation, attach
-from ..functional import Results, normalize_layers
 from ..layout import compute_dtype, matrix_shape, output_dtype, without_autocast
+from ..normalization import Results, normalize_layers
 from ..reference import divisor, unit_vectors
 from ..settings import Settings
 
@@ -145,7 +145,7 @@ def normalize_sharded(
     Args:
         weights: of type ``DTensor``.
         us, vs: whole on every rank, with the same values; **written in place** when ``update``.
-        settings, update, backend, dtype: as in :func:`spectral_ext.functional.normalize_layers`.
+        settings, update, backend, dtype: as in :func:`spectral_ext.normalization.normalize_layers`.
     """
     count = len(weights)
     found: list[Any] = [None] * count

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional as F
 
 import spectral_ext
-from spectral_ext.functional import normalize_layers
 from spectral_ext.nn.sharded import normalize_sharded
+from spectral_ext.normalization import normalize_layers
 from spectral_ext.settings import LayerSettings, Settings
 
 pytestmark = pytest.mark.xdist_group("distributed")
