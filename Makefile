@@ -18,7 +18,7 @@ GPU_PYTHON ?= python3
 # Groups of tests by name: make test-distributed, make test-clients, …
 GROUPS := distributed clients nn cuda_emulator
 
-.PHONY: help demo test $(GROUPS:%=test-%) lint format bench gpu gpu-smoke clean FORCE
+.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
@@ -35,9 +35,12 @@ $(GROUPS:%=test-%): test-%: $(VENV)/installed  ## the tests of one folder
 
 test-clients: $(VENV)/clients.json
 
-bench: $(VENV)/installed  ## measure against stock PyTorch (BENCH_ARGS), or AGAINST=a commit
+bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit
 	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\
 	  $(BIN)/python bench/run.py $(BENCH_ARGS) && $(BIN)/python bench/plot.py)
+
+bench-plots: $(VENV)/installed  ## draw what was measured: pictures, and the tables of README and docs
+	$(BIN)/python bench/plot.py
 
 gpu:  ## build, test and measure on the NVIDIA GPU here, in 8 minutes (DRY_RUN=1 without a GPU)
 	$(GPU_PYTHON) bench/gpu/run.py $(if $(DRY_RUN),--dry-run)

@@ -13,7 +13,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,20 +23,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from run import (
-    ROOT,
-    SHAPES,
-    TARGETS,
-    Weights,
-    forward,
-    forward_backward,
-    quantiles,
-    random_like,
-    timed,
-)
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import spectral_ext
 
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = json.loads((ROOT / "spectral_ext" / "benchmark" / "model_shapes.json").read_text())
+MODELS = ("sngan_cifar10_D", "sngp_wrn28_10", "biggan128_D_ch96")
 MODES = ("forward", "forward+backward", "evaluation")
 
 
@@ -59,23 +54,51 @@ def tree_of(revision: str) -> Path:
     return tree
 
 
+class Weights(nn.Module):
+    """The layers of a model; an older tree has no runner, so that this script brings all it needs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Module() for _ in SHAPES[name])
+        for layer, entry in zip(self.layers, SHAPES[name], strict=True):
+            layer.weight = nn.Parameter(torch.randn(entry["shape"]) * 0.02)
+            spectral_norm(layer, dim=entry["dim"])
+
+    def forward(self) -> list[torch.Tensor]:
+        """Take every weight once."""
+        return [layer.weight for layer in self.layers]
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Time one call, with the release of what it returned."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
 def serve(name: str, tree: str) -> None:
     """Answer each line ``mode count`` with so many milliseconds."""
     assert Path(spectral_ext.__file__).is_relative_to(tree), f"not of {tree}: {spectral_ext}"
-    model = Weights(SHAPES[name])
+    model = Weights(name)
     spectral_ext.fuse(model)
     parameters = list(model.parameters())
-    grads = random_like(parameters)
+    grads = [torch.randn_like(parameter) for parameter in parameters]
+
+    def forward_backward() -> object:
+        weights = model()
+        return weights, torch.autograd.grad(weights, parameters, grads)
+
     calls = {
-        "forward": partial(forward, model),
-        "forward+backward": partial(forward_backward, model, parameters, grads),
-        "evaluation": partial(forward, model),
+        "forward": torch.no_grad()(model),
+        "forward+backward": forward_backward,
+        "evaluation": torch.no_grad()(model),
     }
     for line in sys.stdin:
         mode, count = line.split()
         model.train(mode != "evaluation")
         calls[mode]()
-        print(json.dumps([timed(calls[mode]) for _ in range(int(count))]), flush=True)
+        print(json.dumps([milliseconds(calls[mode]) for _ in range(int(count))]), flush=True)
 
 
 @contextmanager
@@ -116,7 +139,8 @@ def compare(
                 ratios.append(medians[ours.pid] / medians[theirs.pid])
                 tick()
             here, there = (statistics.median(times[p.pid]) for p in (ours, theirs))
-            median, low, high = quantiles(ratios)
+            low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
+            median = statistics.median(ratios)
             row = (f"{here:.3f}", f"{there:.3f}", f"{here / there:.3f}")
             table.add_row(name, mode, *row, f"{median:.3f} ({low:.3f} to {high:.3f})")
 
@@ -125,7 +149,7 @@ def main() -> int:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("revision", nargs="?", default="HEAD~1")
-    parser.add_argument("--models", nargs="+", default=list(TARGETS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=30, help="turns of each, at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--serve", nargs=2, metavar=("NAME", "TREE"), help=argparse.SUPPRESS)

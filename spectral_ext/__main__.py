@@ -1,6 +1,10 @@
 """``python -m spectral_ext``: what is installed here, and which backends can run.
 
 ``python -m spectral_ext report CHECKPOINT``: how well the spectral norms in a checkpoint are doing.
+
+``python -m spectral_ext bench MODEL``: time the spectral norms of a model, stock's, others' and ours.
+
+``python -m spectral_ext profile MODEL``: where a training step goes, with stock's norms and with fused ones.
 """
 
 import argparse
@@ -16,6 +20,8 @@ import torch
 import spectral_ext
 
 from . import backends
+from .benchmark.arguments import add_bench_arguments, add_profile_arguments
+from .benchmark.measure import WrongNumbersError
 from .checkpoint_report import load_state_dict, report_state_dict
 from .nn.report import NormalizedTensor, Report
 
@@ -103,6 +109,21 @@ def describe_checkpoint(path: Path, key: str | None, exact: bool, as_json: bool)
     return 0
 
 
+def measure(options: argparse.Namespace) -> int:
+    """Run ``bench`` or ``profile``; return the exit status."""
+    if not find_spec("rich"):
+        print("error: this needs rich: pip install rich", file=sys.stderr)
+        return 2
+    from .benchmark import command
+
+    try:
+        command.bench(options) if options.command == "bench" else command.profile(options)
+    except (OSError, TypeError, ValueError, WrongNumbersError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def progress(tensors: Sequence[NormalizedTensor]) -> Iterable[NormalizedTensor]:
     """Return the tensors one after the other, with a bar where someone can see it."""
     if not (sys.stderr.isatty() and find_spec("rich")):
@@ -125,22 +146,25 @@ def show(report: Report) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    what_is_here, report = __doc__.strip().split("\n\n")
+    what_is_here, *commands = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(prog="python -m spectral_ext", description=what_is_here)
     parser.add_argument("--version", action="version", version=spectral_ext.__version__)
-    commands = parser.add_subparsers(dest="command", metavar="report")
-    of_report = commands.add_parser(
-        "report", help="spectral norms in a checkpoint", description=report
-    )
-    of_report.add_argument(
-        "checkpoint", type=Path, help="a file of torch.save; no code in it is run"
-    )
-    of_report.add_argument(
-        "--key", help="where in it the state dict is, such as state_dict or nets.D"
-    )
-    of_report.add_argument("--exact", action="store_true", help="compute the singular values, too")
-    of_report.add_argument("--json", action="store_true", help="print JSON")
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_arguments = (add_report_arguments, add_bench_arguments, add_profile_arguments)
+    for about, add in zip(commands, add_arguments, strict=True):
+        name = about.split()[3]
+        what = about.partition("``: ")[2]
+        add(parsers.add_parser(name, help=what, description=what))
     return parser
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``report`` takes."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a file of torch.save; no code in it is run")
+    add("--key", help="where in it the state dict is, such as state_dict or nets.D")
+    add("--exact", action="store_true", help="compute the singular values, too")
+    add("--json", action="store_true", help="print JSON")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     if options.command == "report":
         return describe_checkpoint(options.checkpoint, options.key, options.exact, options.json)
+    if options.command in ("bench", "profile"):
+        return measure(options)
     facts = describe()
     width = max(len(label) for label, _ in facts)
     print("\n".join(f"{label:{width}}  {value}".rstrip() for label, value in facts))

@@ -1,15 +1,15 @@
 """The weights that every backend is tested with."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import torch
 from stock import Layer
 from torch import Tensor
 
-MODELS = json.loads((Path(__file__).parent / "data" / "model_shapes.json").read_text())
+from spectral_ext.benchmark import models
+
+MODELS = models.SHAPES
 
 # (shape, dim): odd, prime, 1×1, one row, one column, tall, wide, several blocks of work, every dim.
 SHAPES = [

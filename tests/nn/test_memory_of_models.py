@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import math
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -16,23 +15,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import spectral_ext
+from spectral_ext.benchmark.memory import peak_bytes
 from spectral_ext.nn import dynamic_class, kept
-
-BENCH = Path(__file__).parents[2] / "bench" / "run.py"
-
-
-def peak(*arguments):
-    """Return the bytes by which a first forward and backward raise the resident size."""
-    command = [sys.executable, BENCH, "--peak-of", "biggan128_D_ch96", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
 )
 def test_forward_and_backward_of_a_large_model_peak_below_stock():
-    ours, stock = peak(), peak("--stock")
+    ours, stock = (peak_bytes("biggan128_D_ch96", name) for name in ("ours", "stock"))
     shapes = samples.MODELS["biggan128_D_ch96"]
     least = 8 * sum(
         math.prod(layer["shape"]) for layer in shapes
