@@ -30,6 +30,8 @@ from .select import Selector, check_selector, is_selected
 
 __all__ = ["fuse", "unfuse"]
 
+_Module = TypeVar("_Module", bound=Module)
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -180,7 +182,7 @@ def fuse(
     return group
 
 
-def unfuse(model: Module) -> Module:
+def unfuse(model: _Module) -> _Module:
     """Undo :func:`fuse`: give back the spectral norms that the layers had, as they are now.
 
     Layers that were stock's become stock's again, in the layout and with the kind of object that
@@ -274,12 +276,9 @@ def _take(found: _Found, candidate: SpectralNorm) -> Layer:
     return Layer(found.name, module, found.tensor_name, candidate)
 
 
-_T = TypeVar("_T", bound=Module)
-
-
-def _with_class(module: Module, cls: type[_T]) -> _T:
+def _with_class(module: Module, cls: type[_Module]) -> _Module:
     module.__class__ = cls
-    return cast(_T, module)
+    return cast(_Module, module)
 
 
 def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .dynamic_class import own_class
 from .parametrization import checked_weight, stock_hook
 
 __all__ = ["OperatorNorm", "convolution_of", "operator_norm"]
+
+_Module = TypeVar("_Module", bound=Module)
 
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
@@ -153,7 +155,7 @@ class OperatorNorm(Module):
 
 
 def operator_norm(
-    module: Module,
+    module: _Module,
     name: str = "weight",
     *,
     input_size: int | Sequence[int],
@@ -161,7 +163,7 @@ def operator_norm(
     eps: float = 1e-12,
     scale: float = 1.0,
     bound: float | None = None,
-) -> Module:
+) -> _Module:
     """Normalize a convolution by its norm as a map from inputs to outputs.
 
     :func:`spectral_ext.spectral_norm` divides by the norm of the kernel as a matrix, which the

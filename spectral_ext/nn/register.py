@@ -1,7 +1,7 @@
 """Put a spectral norm on a tensor of a module: the function that users call, and its checks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch.nn import Module
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -36,8 +36,11 @@ __all__ = [
 ]
 
 
+_Module = TypeVar("_Module", bound=Module)
+
+
 def spectral_norm(
-    module: Module,
+    module: _Module,
     name: str = "weight",
     n_power_iterations: int = 1,
     eps: float = 1e-12,
@@ -56,7 +59,7 @@ def spectral_norm(
     norm: Literal["matrix", "operator"] = "matrix",
     input_size: int | Sequence[int] | None = None,
     backend: str | None = None,
-) -> Module:
+) -> _Module:
     """Normalize a parameter of a module by its spectral norm, like ``torch.nn.utils``.
 
     Args:
