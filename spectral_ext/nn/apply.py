@@ -93,8 +93,9 @@ def apply_spectral_norm(
             names of the module and of the tensor, or a predicate of module name and module.
         exclude: leave out what this selects.
         name: of the tensor in each module.
-        n_power_iterations, eps, order, scale, bound, gain, detach_sigma, tol, max_power_iterations,
-            init, backend: as in :func:`spectral_ext.spectral_norm`.
+        n_power_iterations, eps, order, scale, bound, gain, detach_sigma: as in
+            :func:`spectral_ext.spectral_norm`.
+        tol, max_power_iterations, init, backend: as there.
         per_group: the same, for convolutions with groups; others are one block.
 
     Returns:

@@ -131,7 +131,8 @@ def fuse(
     Raises:
         TypeError, ValueError: an argument or a layer does not fit, or nothing is there to fuse.
         RuntimeError: the backend cannot run, or the forward of the model cannot be entered.
-        In all cases nothing was changed, and the message names the layer.
+
+    In all cases nothing was changed, and the message names the layer.
     """
     _check_root(model, bucket_mb)
     if update not in get_args(Update):

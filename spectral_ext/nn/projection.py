@@ -35,7 +35,7 @@ class SpectralProjection:
 
     ``W ← W / max(1, σ/c)``, or ``W ← c·W/σ`` with ``scale``, in place and for all weights of a device
     and dtype in one native call. σ comes from power iteration on the weight's matrix, whose vectors are
-    kept from step to step::
+    kept from step to step.
 
         projection = SpectralProjection(model)
         projection.project()  # so that the first forward is within the bound, too
