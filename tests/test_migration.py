@@ -1,8 +1,7 @@
-"""What docs/migration.md says: its blocks run, and both sides of each are trained side by side."""
+"""What docs/migration.md says: both sides of each section are trained side by side."""
 
 import os
 import sys
-from types import ModuleType
 
 import pages
 import pytest
@@ -23,9 +22,7 @@ STEPS = 4
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):
     """Return a function that runs the blocks of a section and gives their names."""
-    due = ModuleType("due")
-    due.layers = their_layers
-    for name, module in (("layers", their_layers), ("due", due), ("due.layers", their_layers)):
+    for name, module in their_layers.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
 
     def run(title: str, change=lambda names: None) -> dict[str, object]:
@@ -84,7 +81,6 @@ def differ(a: Tensor, b: Tensor) -> bool:
 
 def test_every_section_has_its_blocks_and_its_row():
     assert list(SECTIONS) == TITLES
-    assert sum(map(len, SECTIONS.values())) == PAGE.count("```python")
     for title in TITLES:
         assert f"[{title}](#" in PAGE
 
