@@ -18,7 +18,7 @@ GPU_PYTHON ?= python3
 # Groups of tests by name: make test-distributed, make test-clients, …
 GROUPS := distributed clients nn cuda_emulator
 
-.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke clean FORCE
+.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs docs-pictures dist clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
@@ -58,6 +58,20 @@ format: $(VENV)/installed  ## bring all files into the style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/installed  ## build the site of the documentation into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-pictures: $(VENV)/installed  ## draw the pictures of docs/how_it_works.md anew
+	$(BIN)/python docs/draw.py
+
+# Without isolation: the native library is for the torch that it is compiled against, and an isolated
+# build would have none, or another one than its user.
+dist: $(VENV)/installed  ## build source distribution and wheel into dist/, then install and use both
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/installation.py dist/*
 
 clean:  ## remove what was built; .venv stays, and the next make builds again
 	rm -rf build dist out *.egg-info spectral_ext/_C.*so $(VENV)/installed

@@ -16,6 +16,7 @@ from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
+import installation
 import pytest
 import torch
 
@@ -144,7 +145,8 @@ def package_files(wheel):
 def test_sdist_has_all_that_building_and_testing_takes(sdist):
     top = {
         *("pyproject.toml", "setup.py", "build_config.py", "MANIFEST.in", "Makefile"),
-        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".clang-format"),
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"),
+        *("mkdocs.yml", ".clang-format"),
     }
     generated = {"PKG-INFO", "setup.cfg"}
     with tarfile.open(sdist) as archive:
@@ -177,13 +179,31 @@ def test_metadata(pure_wheel):
     assert about["Requires-Python"] == ">=3.10"
     required = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.11"]
-    tools = {"accelerate", "export", "keras", "lightning"}
+    tools = {"accelerate", "docs", "export", "keras", "lightning"}
     assert tools | {"triton", "demo", "report", "test", "lint", "dev"} == set(
         about.get_all("Provides-Extra")
     )
 
 
+def test_the_citation_has_what_its_format_asks_for_and_no_second_version():
+    yaml = pytest.importorskip("yaml", reason="comes with the extra `docs`")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["message"]
+    assert citation["title"].startswith("spectral_ext") and citation["license"] == "Apache-2.0"
+    assert citation["authors"] == [{"name": "spectral_ext contributors"}]
+    assert [(paper["type"], paper["year"]) for paper in citation["references"]] == [
+        ("conference-paper", 2018)
+    ]
+    assert not {"version", "date-released"} & set(citation)
+
+
 # ---- An installation
+
+
+def test_the_native_wheel_works_in_a_new_environment(native_wheel, tmp_path):
+    described_there = described(installation.check(native_wheel, tmp_path))
+    assert described_there["spectral_ext"] == metadata(native_wheel, "METADATA")["Version"]
+    assert described_there["cpu"] == "available"
 
 
 def test_without_compiler_backends_in_python_work_and_others_say_why(pure_install, no_programs):
