@@ -12,7 +12,7 @@ __all__ = ["ROOT", "Block", "blocks", "names", "read", "sections"]
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
 
@@ -41,15 +41,16 @@ def read(name: str) -> str:
     return (path if path.exists() else ROOT / name).read_text()
 
 
-def blocks(page: str, language: str = "python") -> list[Block]:
-    """Return the blocks of a page in a language, in order."""
+def blocks(page: str, language: str | None = "python") -> list[Block]:
+    """Return the blocks of a page in a language, or in all, in order."""
     titles = [(match.start(), match[1]) for match in re.finditer(r"^#+ (.+)$", page, re.M)]
     found = []
     for match in _BLOCK.finditer(page):
-        if match["language"] == language:
+        if language in (None, match["language"]):
             section = next((title for at, title in reversed(titles) if at < match.start()), "")
             line = page.count("\n", 0, match.start("text"))
-            found.append(Block(section, language, match["text"], line, match["reason"]))
+            block = Block(section, match["language"], match["text"], line, match["reason"])
+            found.append(block)
     return found
 
 
