@@ -18,7 +18,7 @@ GPU_PYTHON ?= python3
 # Groups of tests by name: make test-distributed, make test-clients, …
 GROUPS := distributed clients nn cuda_emulator
 
-.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs docs-pictures dist clean FORCE
+.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs pictures dist clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
@@ -62,7 +62,7 @@ format: $(VENV)/installed  ## bring all files into the style
 docs: $(VENV)/installed  ## build the site of the documentation into out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-pictures: $(VENV)/installed  ## draw the pictures of docs/how_it_works.md anew
+pictures: $(VENV)/installed  ## draw the pictures of docs/how_it_works.md anew
 	$(BIN)/python docs/draw.py
 
 # Without isolation: the native library is for the torch that it is compiled against, and an isolated

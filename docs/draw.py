@@ -1,4 +1,4 @@
-"""Draw the pictures of how_it_works.md: `make docs-pictures`.
+"""Draw the pictures of how_it_works.md: `make pictures`.
 
     python docs/draw.py [--out FOLDER]
 
