@@ -8,7 +8,6 @@ seconds, that of a source distribution as long as it takes to compile.
 
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -54,7 +53,8 @@ def check(file: Path, folder: Path) -> str:
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "base.pth").write_text("\n".join(here) + "\n")
     # An editable installation in the packages of this Python must not count.
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, file.resolve())
