@@ -8,26 +8,19 @@ calls ``spectral_ext.fuse(discriminator)``. Written to the folder: ``samples.png
 ``report.md``.
 """
 
-import argparse
 import copy
-import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from digits import digits
+from gan import COMPARED, tile
+from matplotlib.figure import Figure
+from report import Report, argument_parser
 from rich.progress import Progress
-from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -36,6 +29,14 @@ import spectral_ext
 LATENT = 32
 EARLY = 50
 WEIGHTS_EVERY = 25
+NOTES = f"""\
+Spectral norm is timed alone, forward and backward of all layers of the trained discriminator in the three
+passes of a step (median of 100, in turns). With `update="step"` the two passes before the discriminator's
+update share one computation, and the one after it makes another. The whole step is the median of each
+training; the trainings run one after the other, so other load on the machine shows in their ratio. Training
+a GAN is chaotic: roundings that differ in the last digit grow, so the runs part in time. Weights are compared
+in the first {EARLY} steps, then at every {WEIGHTS_EVERY}th.
+"""
 
 
 def generator() -> nn.Module:
@@ -125,7 +126,7 @@ def sigmas_of(net: nn.Module) -> Tensor:
 
 
 def train(
-    fused: bool, steps: int, batch: int, seed: int, digits: Tensor, progress: Progress
+    fused: bool, steps: int, batch: int, seed: int, scans: Tensor, progress: Progress
 ) -> tuple[Run, nn.Sequential]:
     """Train; three discriminator passes, so three times all spectral norms, in each step."""
     torch.manual_seed(seed)
@@ -139,7 +140,7 @@ def train(
     bar = progress.add_task("fused" if fused else "stock", total=steps)
     for step in range(steps):
         start = time.perf_counter()
-        real = digits[torch.randint(len(digits), (batch,))]
+        real = scans[torch.randint(len(scans), (batch,))]
         fake = g(torch.randn(batch, LATENT))
         d_loss = F.relu(1 - d(real)).mean() + F.relu(1 + d(fake.detach())).mean()
         d_optimizer.zero_grad()
@@ -164,20 +165,20 @@ def train(
     return run, d
 
 
-def draw(stock: Run, fused: Run, digits: Tensor, out: Path) -> None:
-    """Write both pictures."""
-    figure, axes = plt.subplots(3, 1, figsize=(8, 9))
-    shown = {"real": digits[:40], "stock": stock.samples, "fused": fused.samples}
+def draw_samples(stock: Run, fused: Run, scans: Tensor) -> Figure:
+    """Draw real digits and those of both trainings."""
+    figure, axes = plt.subplots(3, 1, figsize=(8, 9), layout="constrained")
+    shown = {"real": scans[:40], "stock": stock.samples, "fused": fused.samples}
     for axis, (name, images) in zip(axes, shown.items(), strict=True):
-        rows = F.pad(images, (1, 1, 1, 1), value=-1).view(4, 10, 10, 10)
-        rows = rows.permute(0, 2, 1, 3).reshape(40, 100)
-        axis.imshow(rows, cmap="gray_r", interpolation="nearest")
+        axis.imshow(tile(images, 10), cmap="gray_r", interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(out / "samples.png", dpi=110)
+    return figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+
+def draw_sigmas(stock: Run, fused: Run) -> Figure:
+    """Draw σ of each layer, and the loss, in the course of both trainings."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for run, style, name in ((stock, "-", "stock"), (fused, ":", "fused")):
         for i, line in enumerate(torch.stack(run.sigmas).T):
             left.plot(line, style, color=f"C{i}", lw=2 if style == ":" else 1, label=f"{i} {name}")
@@ -187,12 +188,11 @@ def draw(stock: Run, fused: Run, digits: Tensor, out: Path) -> None:
     right.set(title="hinge loss of the discriminator (mean of 25 steps)", xlabel="step")
     left.legend(fontsize=7, ncols=2)
     right.legend()
-    figure.tight_layout()
-    figure.savefig(out / "sigma.png", dpi=110)
+    return figure
 
 
 def rows_of(stock: Run, fused: Run) -> list[tuple[str, str, str, str]]:
-    """Return the table: what, stock, fused, ratio or difference."""
+    """Return the rows of the table, with the columns ``COMPARED``."""
 
     def ms(seconds: float) -> str:
         return f"{1e3 * seconds:.2f}"
@@ -225,57 +225,24 @@ def rows_of(stock: Run, fused: Run) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def commit() -> str:
-    """Return the short hash of the checkout, or say that there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     """Run both trainings and write what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__, "demo", steps=1000, batch_size=64, seed=0).parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    digits = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
+    report = Report(f"SNGAN on digits, {arguments.steps} steps, stock and fused", arguments.out)
+    scans, _ = digits()
     with Progress() as progress:
         (stock, net), (fused, _) = (
-            train(f, arguments.steps, arguments.batch_size, arguments.seed, digits, progress)
+            train(f, arguments.steps, arguments.batch_size, arguments.seed, scans, progress)
             for f in (False, True)
         )
     seconds = seconds_in_spectral_norm(net)
     stock.norm_seconds, fused.norm_seconds, fused.norm_seconds_by_step = seconds
-    draw(stock, fused, digits, arguments.out)
-    rows = rows_of(stock, fused)
-    table = Table("", "stock", "fused", "ratio or difference")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    (arguments.out / "report.md").write_text(
-        f"# SNGAN on digits, {arguments.steps} steps, stock and fused\n\n"
-        f"| | stock | fused | ratio or difference |\n|---|---|---|---|\n{text}\n\n"
-        "Spectral norm is timed alone, forward and backward of all layers of the trained discriminator "
-        'in the three passes of a step (median of 100, in turns). With `update="step"` the two passes '
-        "before the discriminator's update share one computation, and the one after it makes another. The "
-        "whole step is the median of each training; the trainings run one after the other, so other load on "
-        "the machine shows in their ratio. Training a GAN is chaotic: roundings that differ in the "
-        "last digit grow, so the runs part in time. Weights are compared in the first "
-        f"{EARLY} steps, then at every {WEIGHTS_EVERY}th.\n\n"
-        f"torch {torch.__version__}, spectral_ext {spectral_ext.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.system()} {platform.machine()} with "
-        f"{os.cpu_count()} cores, commit {commit()}\n\n"
-        "![samples](samples.png)\n\n![sigma](sigma.png)\n"
-    )
-    print(f"Pictures and report are in {arguments.out}")
+    report.table(COMPARED, rows_of(stock, fused))
+    report.text(NOTES)
+    report.picture(draw_samples(stock, fused, scans), "samples", "Digits, real and generated.")
+    report.picture(draw_sigmas(stock, fused), "sigma", "Both trainings, step by step.")
+    report.write()
 
 
 if __name__ == "__main__":

@@ -8,23 +8,22 @@ soft bound ``W / max(1, σ)`` (Behrmann et al., 2019). The first weights, the ge
 loss, the optimizers and the random numbers are the same. Written: ``norms.png``, ``report.md``.
 """
 
-import argparse
 import copy
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from demo import LATENT, commit, generator
-from matplotlib.figure import SubFigure
+from demo import LATENT, generator
+from digits import digits
+from gan import tile
+from matplotlib.figure import Figure, SubFigure
+from quality import class_coverage, frechet_distance
+from report import Report, argument_parser
 from rich.progress import Progress
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -86,7 +85,7 @@ class Run:
     samples: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def train(kind: str, steps: int, seed: int, digits: Tensor, progress: Progress) -> Run:
+def train(kind: str, steps: int, seed: int, scans: Tensor, progress: Progress) -> Run:
     """Train a generator and a discriminator of one kind from a seed."""
     torch.manual_seed(seed)
     g = generator()
@@ -100,7 +99,7 @@ def train(kind: str, steps: int, seed: int, digits: Tensor, progress: Progress) 
     run = Run()
     for step in progress.track(range(steps), description=f"{kind}, seed {seed}"):
         start = time.perf_counter()
-        real = digits[torch.randint(len(digits), (BATCH,))]
+        real = scans[torch.randint(len(scans), (BATCH,))]
         fake = g(torch.randn(BATCH, LATENT))
         d_loss = F.relu(1 - d(real)).mean() + F.relu(1 + d(fake.detach())).mean()
         d_optimizer.zero_grad()
@@ -118,31 +117,26 @@ def train(kind: str, steps: int, seed: int, digits: Tensor, progress: Progress) 
         if step % SIGMA_EVERY == 0 or step == steps - 1:
             run.sigmas.append([s.item() for s in singular_values(d, normalized=True).values()])
     with torch.no_grad():  # batch norm takes statistics of all images
-        run.samples = average(torch.randn(len(digits), LATENT))
+        run.samples = average(torch.randn(len(scans), LATENT))
     return run
 
 
 class Quality:
     """How near images are to the digits; ``NOTES`` says what is measured."""
 
-    def __init__(self, digits: Tensor, labels: Tensor) -> None:
-        self.real = digits.flatten(1).double()
+    def __init__(self, scans: Tensor, labels: Tensor) -> None:
+        self.real = scans.flatten(1).double()
         self.axes = torch.linalg.eigh(self.real.T.cov())[1][:, -COMPONENTS:]
         self.classifier = LogisticRegression(C=0.1, tol=1e-3).fit(self.real, labels)
 
     def distance(self, images: Tensor, others: Tensor | None = None) -> float:
-        """Return ``‖m − m'‖² + tr(C + C' − 2(CC')^½)`` (Heusel et al., 2017, equation 6)."""
+        """Return the Fréchet distance between the components of images and of others: of the digits."""
         pair = (images, self.real if others is None else others)
-        features = [part.flatten(1).double() @ self.axes for part in pair]
-        (m, other_m), (c, other_c) = zip(*((x.mean(0), x.T.cov()) for x in features), strict=True)
-        root = torch.linalg.eigvals(c @ other_c).real.clamp(min=0).sqrt().sum()
-        return ((m - other_m).square().sum() + c.trace() + other_c.trace() - 2 * root).item()
+        return frechet_distance(*(part.flatten(1).double() @ self.axes for part in pair))
 
     def classes(self, images: Tensor) -> float:
         """Return the effective number of classes."""
-        found = torch.tensor(self.classifier.predict(images.flatten(1).double()))
-        share = found.bincount() / len(found)
-        return torch.special.entr(share).sum().exp().item()
+        return class_coverage(torch.tensor(self.classifier.predict(images.flatten(1).double())))
 
 
 def draw_lines(figure: SubFigure, runs: dict[str, list[Run]]) -> None:
@@ -181,15 +175,14 @@ def draw_sigmas(figure: SubFigure, runs: dict[str, list[Run]], steps: int) -> No
 def draw_samples(figure: SubFigure, images: dict[str, Tensor], count: int = 24) -> None:
     """Draw a row of images for each kind."""
     for axis, (name, row) in zip(figure.subplots(len(images), 1), images.items(), strict=True):
-        strip = F.pad(row[:count, 0], (1, 1, 1, 1), value=-1).permute(1, 0, 2).flatten(1)
-        axis.imshow(strip.numpy(), cmap="gray_r", interpolation="nearest")
+        axis.imshow(tile(row[:count], count), cmap="gray_r", interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
 
 
-def table_of(runs: dict[str, list[Run]], quality: Quality) -> str:
-    """Return a row for each kind; the seeds stand side by side."""
+def rows_of(runs: dict[str, list[Run]], quality: Quality) -> list[list[str]]:
+    """Return a heading, and a row for each kind; the seeds stand side by side."""
 
     def late(values: list[float]) -> float:
         return torch.tensor(values[-max(1, len(values) // 4) :]).mean().item()
@@ -204,45 +197,43 @@ def table_of(runs: dict[str, list[Run]], quality: Quality) -> str:
     }
     halves = quality.distance(quality.real[::2], quality.real[1::2])
     real = ["real digits", f"{halves:.2f}", f"{quality.classes(quality.real):.1f}", *[""] * 4]
-    rows = [["", *measures], ["---"] * 7, real]
+    rows = [["", *measures], real]
     for kind, seeds in runs.items():
         values = ([f"{get(run):{form}}" for run in seeds] for form, get in measures.values())
         rows.append([kind, *map(" / ".join, values)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return rows
+
+
+def draw(runs: dict[str, list[Run]], scans: Tensor, steps: int) -> Figure:
+    """Draw what the runs did, and some of their images."""
+    figure = plt.figure(figsize=(12, 11), layout="constrained")
+    lines, sigmas, samples = figure.subfigures(3, 1, height_ratios=(4, 3.1, 3.7), hspace=0.03)
+    draw_lines(lines, runs)
+    draw_sigmas(sigmas, runs, steps)
+    draw_samples(samples, {"real": scans} | {kind: runs[kind][0].samples for kind in KINDS})
+    return figure
 
 
 def main() -> None:
     """Train all kinds and write what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("out/norms"))
+    parser = argument_parser(__doc__, "norms", steps=1000, seeds=1)
+    parser.set_defaults(threads=1)  # the networks are small
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are small
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    data = load_digits()
-    digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    quality = Quality(digits, torch.tensor(data.target))
+    torch.set_num_threads(arguments.threads)
+    title = f"A GAN on digits with five discriminators, {arguments.steps} steps"
+    report = Report(title, arguments.out)
+    scans, labels = digits()
+    quality = Quality(scans, labels)
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
     with Progress() as progress:
         for seed in range(arguments.seeds):
             for kind in KINDS:
-                runs[kind].append(train(kind, arguments.steps, seed, digits, progress))
-    figure = plt.figure(figsize=(12, 11), layout="constrained")
-    lines, sigmas, samples = figure.subfigures(3, 1, height_ratios=(4, 3.1, 3.7), hspace=0.03)
-    draw_lines(lines, runs)
-    draw_sigmas(sigmas, runs, arguments.steps)
-    draw_samples(samples, {"real": digits} | {kind: runs[kind][0].samples for kind in KINDS})
-    figure.savefig(arguments.out / "norms.png", dpi=110)
-    table = table_of(runs, quality)
-    (arguments.out / "report.md").write_text(
-        f"# A GAN on digits with five discriminators, {arguments.steps} steps\n\n"
-        f"{table}\n\nOne value for each seed.\n\n{NOTES}\n"
-        f"torch {torch.__version__}, spectral_ext {spectral_ext.__version__}, 1 thread, "
-        f"{platform.system()} {platform.machine()} with {os.cpu_count()} cores, commit {commit()}\n\n"
-        "![what the runs did](norms.png)\n"
-    )
-    print(table, f"The picture and the report are in {arguments.out}", sep="\n")
+                runs[kind].append(train(kind, arguments.steps, seed, scans, progress))
+    columns, *rows = rows_of(runs, quality)
+    report.table(columns, rows)
+    report.text(f"One value for each seed.\n\n{NOTES}")
+    report.picture(draw(runs, scans, arguments.steps), "norms", "What the runs did.")
+    report.write()
 
 
 if __name__ == "__main__":
