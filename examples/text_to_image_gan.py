@@ -28,6 +28,7 @@ SIZE = 16
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WEIGHTS = ("thin", "regular", "bold")
 LEANS = ("leaning left", "upright", "leaning right")
+Images = dict[str, Tensor]  # by their captions
 EVERY = torch.cartesian_prod(*(torch.arange(len(words)) for words in (DIGITS, WEIGHTS, LEANS)))
 EACH = 25
 SHOWN = 8
@@ -192,17 +193,22 @@ def accuracy(
     return torch.cat([right, right.all(1, keepdim=True)], 1).double().mean(0)
 
 
-def draw(drawn: dict[str, Tensor], real: dict[str, Tensor], columns: int) -> Figure:
-    """Draw under each caption a row of generated images and, in grey, what there is of real ones."""
-    rows = -(-len(drawn) // columns)
-    figure = plt.figure(figsize=(4.4 * columns, 1.45 * rows), layout="constrained")
+def draw(captions: Tensor, generated: Images, real: Images, columns: int) -> Figure:
+    """Draw under each caption a row of generated images, and one of what there is of real ones."""
+    rows = len(captions) // columns
+    figure = plt.figure(figsize=(4.8 * columns, 1.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns).flat
-    for axis, (text, images) in zip(axes, drawn.items(), strict=True):
-        white = torch.full((SHOWN, *images.shape[1:]), -1.0)
-        below = torch.cat([real[text], white])[:SHOWN] * 0.5 - 0.5
-        axis.imshow(tile(torch.cat([images[:SHOWN], below]), SHOWN), cmap="gray_r", vmin=-1, vmax=1)
-        axis.set_title(text, fontsize=11)
-        axis.set(xticks=[], yticks=[])
+    for axis, row in zip(axes, captions, strict=True):
+        text = caption(row)
+        white = torch.full((SHOWN, 1, SIZE, SIZE), -1.0)
+        both = torch.cat([generated[text][:SHOWN], torch.cat([real[text], white])[:SHOWN]])
+        axis.imshow(tile(both, SHOWN), cmap="gray_r", vmin=-1, vmax=1)
+        axis.set_title(text + ", held out" * bool(is_held_out(row[None])), fontsize=11)
+        axis.set(
+            xticks=[], yticks=[SIZE // 2, SIZE + 2 + SIZE // 2], yticklabels=["generated", "real"]
+        )
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
     return figure
 
 
@@ -224,19 +230,18 @@ def percent(shares: Tensor) -> list[str]:
     return [f"{share:.1%}" for share in shares.tolist()]
 
 
-def add_pictures(report: Report, generated: dict[str, Tensor], real: dict[str, Tensor]) -> None:
+def add_pictures(report: Report, generated: Images, real: Images) -> None:
     """Add the pictures of some captions, given the images of each."""
     digit, weight, slant = EVERY.T
     pictures = {
         "samples": (3 * weight + slant == (digit + 4) % 9, 2, "One trained style of each digit."),
-        "styles": (digit == 3, 3, "All styles of one digit; that of the first panel was held out."),
+        "styles": (digit == 3, 3, "All styles of one digit."),
         "held_out": (is_held_out(EVERY), 2, "The captions that were held out."),
     }
     for name, (chosen, columns, text) in pictures.items():
-        captions = [caption(row) for row in EVERY[chosen]]
-        figure = draw({text: generated[text] for text in captions}, real, columns)
+        figure = draw(EVERY[chosen], generated, real, columns)
         report.picture(
-            figure, name, f"{text} Above images of the fused training; below real test images."
+            figure, name, f"{text} Of the fused training, none chosen; and real test images."
         )
 
 
