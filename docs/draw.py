@@ -7,7 +7,6 @@ The tickets are those of the native plan for a real model, cut for a device of f
 
 import argparse
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from spectral_ext import _C
+from spectral_ext.benchmark.models import SHAPES
 
 HERE = Path(__file__).resolve().parent
-SHAPES = HERE.parent / "tests" / "data" / "model_shapes.json"
 MODEL, TICKETS = "sngan_cifar10_D", 16
 ROWS = 7
 BLUE, ORANGE, GREEN, GRAY = "#2a6fb0", "#d9822b", "#3a9a5b", "#d8dde3"
@@ -93,7 +92,7 @@ def draw_tickets() -> Figure:
     """Return the plan of a forward: a column for each ticket, a line for each layer."""
     shapes = [
         (math.prod(w["shape"][: w["dim"]]), w["shape"][w["dim"]], math.prod(w["shape"][w["dim"] + 1 :]))
-        for w in json.loads(SHAPES.read_text())[MODEL]
+        for w in SHAPES[MODEL]
     ]  # fmt: skip
     plan = _C.plan_forward(shapes, tickets=TICKETS)
     colors = {kind: color for kind, color, _ in PHASES} | {"vectors": GREEN}

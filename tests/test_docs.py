@@ -35,7 +35,7 @@ def run(*command, cwd, **environ):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras
 @pytest.mark.parametrize("name", pages.names())
-def test_the_blocks_of_a_page_run(name, monkeypatch, tmp_path):
+def test_the_blocks_and_the_commands_of_a_page_run(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for module_name, module in their_layers.modules().items():
         monkeypatch.setitem(sys.modules, module_name, module)
@@ -46,10 +46,16 @@ def test_the_blocks_of_a_page_run(name, monkeypatch, tmp_path):
     assert len(fences) == 2 * len(
         pages.blocks(page, None)
     )  # none is written so that it is not found
-    for block in pages.blocks(page):
-        code = compile("\n" * block.line + block.text, name, "exec")  # errors name the line
-        if block.reason is None:
-            exec(code, spaces)
+    for block in pages.blocks(page, None):
+        if block.language == "python":
+            code = compile("\n" * block.line + block.text, name, "exec")  # errors name the line
+            if block.reason is None:
+                exec(code, spaces)
+        elif block.language == "console" and block.reason is None:
+            for line in block.text.splitlines():
+                python, *words = shlex.split(line.removeprefix("$ "))
+                assert line.startswith("$ ") and python == "python", line
+                assert run(*words, cwd=tmp_path)
 
 
 def test_only_what_needs_a_device_is_not_run():
@@ -58,17 +64,6 @@ def test_only_what_needs_a_device_is_not_run():
     assert {name: reasons for name, reasons in found.items() if reasons} == {
         "docs/gpu.md": {"needs CUDA"}
     }
-
-
-def test_the_commands_of_pages_run(tmp_path):
-    consoles = [b for n in pages.names() for b in pages.blocks(pages.read(n), "console")]
-    lines = [line for block in consoles if not block.reason for line in block.text.splitlines()]
-    commands = {line.removeprefix("$ ") for line in lines if line.startswith("$ ")}
-    assert commands
-    for command in commands:
-        python, *words = shlex.split(command)
-        assert python == "python"
-        assert run(*words, cwd=tmp_path)
 
 
 def test_targets_files_and_tests_that_pages_name_are_there():
