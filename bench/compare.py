@@ -60,8 +60,13 @@ class Weights(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Module() for _ in SHAPES[name])
-        for layer, entry in zip(self.layers, SHAPES[name], strict=True):
+        if name in SHAPES:
+            entries = SHAPES[name]
+        else:  # "9 x 64x32"
+            count, _, shape = name.split()
+            entries = [{"shape": [*map(int, shape.split("x"))], "dim": 0}] * int(count)
+        self.layers = nn.ModuleList(nn.Module() for _ in entries)
+        for layer, entry in zip(self.layers, entries, strict=True):
             layer.weight = nn.Parameter(torch.randn(entry["shape"]) * 0.02)
             spectral_norm(layer, dim=entry["dim"])
 

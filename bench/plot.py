@@ -198,7 +198,7 @@ LAYERS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 SIDES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 GROWTHS = (
     *(
-        Growth(f"layers of 64x64, {mode}", "layer", LAYERS, lambda n: f"{n:g} x 64x64", mode)
+        Growth(f"layers of 8x8, {mode}", "layer", LAYERS, lambda n: f"{n:g} x 8x8", mode)
         for mode in MODES
     ),
     *(

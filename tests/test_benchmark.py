@@ -150,6 +150,13 @@ def test_the_known_models_have_the_shapes_of_their_file():
     assert [x.dim for x in model.layers] == [1, 1] and model.numel == 6291456
 
 
+def test_layers_that_are_alike_have_a_name():
+    model = load("3 x 4x5")
+    assert [(tuple(x.weight.shape), x.dim) for x in model.layers] == [((4, 5), 0)] * 3
+    with pytest.raises(ValueError, match="there is no model '0 x 4x5'"):
+        load("0 x 4x5")
+
+
 def test_bench_prints_a_table_and_puts_lines_in_the_place_of_older_ones(file, tmp_path, capsys):
     pytest.importorskip("rich")
     path = tmp_path / "results.csv"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -51,8 +52,9 @@ class Model:
 
 
 def load(name: str) -> Model:
-    """Return a model by its name in :data:`SHAPES`, or one's own by ``path.py:factory``.
+    """Return a model by its name in :data:`SHAPES`, one's own by ``path.py:factory``, or ``"9 x 64x32"``.
 
+    The last has so many layers of so many rows and columns.
     A factory takes no argument and returns a module, or a tuple of a module and the inputs of its forward,
     with which whole steps of the model are measured, too. The layers are those that have a spectral
     norm, of stock's kinds or ours; if there is none, those that :func:`spectral_ext.apply_spectral_norm`
@@ -66,10 +68,15 @@ def load(name: str) -> Model:
     if name in SHAPES:
         torch.manual_seed(0)
         return Model(name, [random_layer(**entry) for entry in SHAPES[name]])
+    if (alike := re.fullmatch(r"(\d+) x (\d+)x(\d+)", name)) and "0" not in alike.groups():
+        torch.manual_seed(0)
+        count, *shape = map(int, alike.groups())
+        return Model(name, [random_layer(f"layer{i}", shape, 0) for i in range(count)])
     path, colon, factory = name.rpartition(":")
     if not colon:
         raise ValueError(
-            f"there is no model {name!r}; give path.py:factory, or one of {', '.join(SHAPES)}"
+            f"there is no model {name!r}; give path.py:factory, '9 x 64x32' for layers that are alike, "
+            f"or one of {', '.join(SHAPES)}"
         )
     torch.manual_seed(0)
     made = _function(Path(path), factory)()
