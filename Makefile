@@ -16,16 +16,24 @@ CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/cuda
 GPU_PYTHON ?= python3
 
 # Groups of tests by name: make test-distributed, make test-clients, …
-GROUPS := distributed clients nn cuda_emulator
+GROUPS := distributed clients nn cuda_emulator examples
 
-.PHONY: help demo test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs pictures dist clean FORCE
+# The examples whose reports stand in docs/applications; each takes up to ten minutes.
+APPLICATIONS := image_gan text_to_image_gan video_gan uncertainty robust_classifier norms
+
+.PHONY: help demo applications $(APPLICATIONS) test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs pictures dist clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/installed  ## train a GAN on digits twice, stock and fused (DEMO_ARGS="--steps 200")
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+applications: $(APPLICATIONS)  ## run the examples that have a report in docs/applications, or one: make image_gan
+
+$(APPLICATIONS): $(VENV)/installed
+	$(BIN)/python examples/$@.py --out docs/applications/$@ $(EXAMPLE_ARGS)
 
 test: lint $(VENV)/clients.json  ## lint, then all tests (PYTEST_ARGS="-k copies" chooses some; test-nn, test-distributed, …: a folder)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

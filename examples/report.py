@@ -5,9 +5,7 @@ An example makes one :class:`Report`, adds to it in reading order, and calls :me
 
 import argparse
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spectral_ext
+from spectral_ext.benchmark.results import commit, device_name
 
 __all__ = ["Report", "argument_parser"]
 
@@ -77,28 +76,10 @@ class Report:
         command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         self._parts.append(
             f"`{command}` took {time.monotonic() - self._start:.0f} s: torch {torch.__version__}, "
-            f"spectral_ext {spectral_ext.__version__} of commit {commit()}, "
-            f"{torch.get_num_threads()} threads, {processor()} with {os.cpu_count()} cores."
+            f"spectral_ext {spectral_ext.__version__} of commit {commit() or 'unknown'}, "
+            f"{torch.get_num_threads()} threads, {device_name(torch.device('cpu'))}."
         )
         path = self._out / "report.md"
         path.write_text("\n\n".join(self._parts) + "\n")
         print(f"The report is {path}; its pictures are beside it.")
         return path
-
-
-def commit() -> str:
-    """Return the short hash of the checkout, marked if files differ from it, or `unknown`."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

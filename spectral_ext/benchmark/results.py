@@ -103,11 +103,23 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that this is, marked if files differ from it; else nothing."""
+    """Return the commit of the checkout that this is, marked if its code differs from it; else nothing."""
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    if not (
+        root / "csrc"
+    ).is_dir():  # an installed package, perhaps in a checkout of something else
+        return ""
+    made = [
+        f":!{path}" for path in ("README.md", "docs", "bench/data")
+    ]  # by what asks for the commit
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        name = _git(root, "rev-parse", "--short", "HEAD")
+        changed = _git(root, "diff", "--name-only", "HEAD", "--", ".", *made)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip() if (root / "csrc").is_dir() else ""
+    return f"{name}-dirty" if changed else name
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BOUNDED = ("spectral norm", "projection", "soft bound")
 
 
