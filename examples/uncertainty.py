@@ -328,7 +328,7 @@ def main() -> None:
     report.picture(
         draw_unknown(task, found),
         "unknown",
-        "Above, examples of all inputs; below, how well they are told from known: a point for each seed, a line at the mean",
+        "All inputs, and how well they are told from known ones: a point for each seed, a line at the mean",
     )
     report.picture(
         moons,
