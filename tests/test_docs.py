@@ -67,8 +67,12 @@ def test_only_what_needs_a_device_is_not_run():
 
 def test_targets_files_and_tests_that_pages_name_are_there():
     makefile = (ROOT / "Makefile").read_text()
-    folders = re.search(r"^GROUPS := (.+)$", makefile, re.M)[1].split()
+    folders, applications = (
+        re.search(rf"^{name} := (.+)$", makefile, re.M)[1].split()
+        for name in ("GROUPS", "APPLICATIONS")
+    )
     targets = {*re.findall(r"^([a-z-]+):", makefile, re.M), *(f"test-{f}" for f in folders)}
+    targets.update(applications)
     files = r"`((?:bench|csrc|docs|examples|spectral_ext|tests)/[\w/.]+)`"
     for name in (*pages.names(), "CONTRIBUTING.md", "CHANGELOG.md"):
         page = pages.read(name)
