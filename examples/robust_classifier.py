@@ -30,7 +30,7 @@ from spectral_ext.spectrum import certified_matrix_norm, certified_operator_norm
 
 BATCH = 64
 TEMPERATURE = 0.3
-RESTARTS = 5
+RESTARTS = 3
 # An attack that wins at a share of the certified radius would refute the certificate.
 MULTIPLES = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -241,7 +241,7 @@ def accuracy_rows(
 def main() -> None:
     """Train, certify, attack, and write the report."""
     parser = argument_parser(
-        __doc__, "robust_classifier", steps=1500, attack_steps=30, test=500, compared_steps=200
+        __doc__, "robust_classifier", steps=1500, attack_steps=25, test=300, compared_steps=200
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

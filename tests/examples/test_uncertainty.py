@@ -37,6 +37,10 @@ def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy(uncertainty
     right = torch.tensor([0] * 8 + [1] * 2)
     assert uncertainty.calibration_error(probabilities, right) == pytest.approx(0, abs=1e-6)
     assert uncertainty.calibration_error(probabilities, 1 - right) == pytest.approx(0.6)
+    # Half too sure and half not sure enough: gaps of two bins do not cancel.
+    probabilities = torch.tensor([[0.8, 0.2]] * 5 + [[0.6, 0.4]] * 5)
+    labels = torch.tensor([0, 0, 0, 1, 1] + [0] * 4 + [1])
+    assert uncertainty.calibration_error(probabilities, labels) == pytest.approx(0.2)
 
 
 def test_the_variance_is_that_of_the_exact_process_and_grows_away_from_the_data(uncertainty):
