@@ -241,7 +241,7 @@ def accuracy_rows(
 def main() -> None:
     """Train, certify, attack, and write the report."""
     parser = argument_parser(
-        __doc__, "robust_classifier", steps=1500, attack_steps=25, test=300, compared_steps=200
+        __doc__, "robust_classifier", steps=1500, attack_steps=25, test=200, compared_steps=200
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
