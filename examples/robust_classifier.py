@@ -282,7 +282,7 @@ def main() -> None:
         "1× any fall would refute the certificate, and the falls beyond show that the attack has teeth:",
     )
     caption = (
-        "Images within a distance of 1, as the attack leaves them; in red, answers that are wrong"
+        "Images, and what the attack makes of them within a distance of 1; wrong answers are red"
     )
     report.picture(draw_attacked(examined, 1.0), "attacked", caption)
     compare_with_stock(images, labels, arguments.compared_steps).add_to(report)

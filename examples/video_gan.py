@@ -76,11 +76,12 @@ def moved(images: Tensor, shift: Tensor) -> Tensor:
 def generator() -> nn.Module:
     """Return a generator of videos from ``LATENT`` normal numbers."""
     return nn.Sequential(
-        nn.Linear(LATENT, 96 * 64),
+        # Without biases before batch norm: their gradients are roundings, which Adam turns into steps.
+        nn.Linear(LATENT, 96 * 64, bias=False),
         nn.Unflatten(1, (96, 4, 4, 4)),
         nn.BatchNorm3d(96),
         nn.ReLU(),
-        nn.ConvTranspose3d(96, 48, (3, 4, 4), (1, 2, 2), 1),  # 4×8×8
+        nn.ConvTranspose3d(96, 48, (3, 4, 4), (1, 2, 2), 1, bias=False),  # 4×8×8
         nn.BatchNorm3d(48),
         nn.ReLU(),
         nn.ConvTranspose3d(48, 1, 4, 2, 1),  # 8×16×16
