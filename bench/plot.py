@@ -237,7 +237,12 @@ def growth_table(results: Results) -> str:
             if len(xs) > 2 and not (provider == "copy_" and growth.mode != "forward"):
                 a, b = fit(xs, ms)
                 rows.append(
-                    [growth.title, provider, f"{1e3 * a:.3g}", f"{1e3 * b:.3g} µs a {growth.unit}"]
+                    [
+                        growth.title,
+                        provider,
+                        f"{1e3 * a:.3g}",
+                        f"{1e3 * b:.3g} µs for each {growth.unit}",
+                    ]
                 )
     used = [
         results.row(growth.model(x), growth.mode, "ours") for growth in GROWTHS for x in growth.xs
@@ -258,7 +263,12 @@ def draw_growth(results: Results) -> None:
                 a, b = fit(xs, ms)
                 axis.plot(xs, ms, "o", ms=4, color=color, label=provider)
                 axis.plot(xs, [a + b * x for x in xs], "-", lw=1.2, color=color)
-        axis.set(xscale="log", yscale="log", xlabel=growth.unit + "s", title=growth.title)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=growth.unit if growth.unit == "MB" else growth.unit + "s",
+            title=growth.title,
+        )
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
