@@ -274,7 +274,7 @@ def draw_growth(results: Results) -> None:
     axes[0].set_ylabel("ms")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(DATA / "growth.png", dpi=90)
+    figure.savefig(ROOT / "docs" / "pictures" / "growth.png", dpi=90)
 
 
 def draw_speed(results: Results) -> None:
