@@ -103,9 +103,9 @@ class Links(HTMLParser):
         self.fetched |= {values[key] for key in ("src", "srcset") if key in values}
 
 
-@pytest.fixture(scope="module", params=["no report", "a report"])
+@pytest.fixture(scope="module", params=["no report", "all reports"])
 def site(request, tmp_path_factory):
-    """The site, with and without a report of an application; built where nothing can be fetched."""
+    """The site, with and without the reports of applications; built where nothing can be fetched."""
     for module in ("material", "mkdocstrings_handlers.python"):
         pytest.importorskip(module, reason="the extra `docs` is not installed")
     tree = tmp_path_factory.mktemp("tree")
@@ -113,12 +113,9 @@ def site(request, tmp_path_factory):
     for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tree)
     (tree / "spectral_ext").symlink_to(ROOT / "spectral_ext")
-    report = tree / "docs" / "applications" / "norms"
-    shutil.rmtree(report, ignore_errors=True)
-    if request.param == "a report":
-        report.mkdir()
-        (report / "report.md").write_text("# Five norms\n\n![A picture](norms.png)\n")
-        (report / "norms.png").write_bytes(b"\x89PNG")
+    if request.param == "no report":
+        for report in (tree / "docs" / "applications").glob("*/"):
+            shutil.rmtree(report)
     nowhere = "http://127.0.0.1:9"
     proxies = {f"{kind}_PROXY": nowhere for kind in ("HTTP", "HTTPS", "ALL")}
     command = ("-m", "mkdocs", "build", "--strict", "--site-dir", tree / "site")
@@ -139,13 +136,16 @@ def test_the_site_fetches_nothing_from_elsewhere(site):
     assert styles and not re.search(r"url\(['\"]?(https?:)?//|@import", "".join(styles))
 
 
-def test_a_report_has_a_page_and_a_link_once_it_is_there(site):
+def test_reports_have_pages_and_links_once_they_are_there(site):
     which, folder, found = site
-    expected = which == "a report"
+    names = [path.parent.name for path in (ROOT / "docs" / "applications").glob("*/report.md")]
+    assert len(names) >= 6
+    expected = which == "all reports"
     text = (folder / "applications" / "index.html").read_text()
-    assert text.count("What a run of it found") == expected
-    assert ("applications/norms/report/" in found["index.html"].links) == expected  # navigation
-    assert ("applications/norms/report/index.html" in found) == expected
+    assert text.count("What a run of it found") == len(names) * expected
+    for name in names:
+        assert (f"applications/{name}/report/" in found["index.html"].links) == expected
+        assert (f"applications/{name}/report/index.html" in found) == expected
     assert not list(folder.rglob("*.py"))
 
 
