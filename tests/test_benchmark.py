@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from spectral_ext import reference
 from spectral_ext.__main__ import main
 from spectral_ext.benchmark import measure as measuring
-from spectral_ext.benchmark import peers, results
+from spectral_ext.benchmark import models, peers, results
 from spectral_ext.benchmark.measure import Case, WrongNumbersError, largest_error, measure, prepare
 from spectral_ext.benchmark.models import Model, load, random_layer
 from spectral_ext.benchmark.peers import PEERS, Setting
@@ -174,6 +174,24 @@ def test_bench_prints_a_table_and_puts_lines_in_the_place_of_older_ones(file, tm
         is_measured = row["provider"] != "copy_" and row["n_power_iterations"] == "1"
         assert bool(row["peak_mb"]) == (is_measured and Path("/proc/self/clear_refs").exists())
         assert row["threads"] == "1" and row["torch"] == torch.__version__ and row["device"]
+
+
+def test_no_two_set_ups_ask_the_same_question(monkeypatch):
+    """The later answer would take the place of the earlier one, which may have the peak memory, too."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import run
+
+    def without_numbers(name, shape, dim):
+        return models.Layer(name, torch.empty(shape, device="meta"), dim)
+
+    monkeypatch.setattr(models, "random_layer", without_numbers)
+    asked = [
+        (q.case.model.name, q.case.mode, q.case.setting, q.case.passes, q.threads, provider)
+        for setup in run.SETUPS.values()
+        for q in setup()
+        for provider in q.providers or peers.CPU_PEERS
+    ]
+    assert len(asked) == len(set(asked)) > 500
 
 
 def test_lines_of_other_machines_stay(tmp_path):
