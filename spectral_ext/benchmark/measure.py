@@ -124,12 +124,23 @@ def measure(
     jobs: dict[str, Job] = {}
     errors: dict[str, float | None] = {}
     torch._dynamo.reset()
+    moved = _moved(case)  # once: all providers share the memory of the weights
     for name in providers:
         if why_not(name.removesuffix(" graphed"), case.setting) is None:
             tick(f"{name}: checking")
-            jobs[name], errors[name] = prepare(case, name)
+            jobs[name], errors[name] = prepare(moved, name)
     times = _in_turns(jobs, seconds, case.setting.device, tick)
     return [Measurement(case, name, times[name], errors[name]) for name in jobs]
+
+
+def _moved(case: Case) -> Case:
+    """Return a case whose weights are on its device and of its dtype; nothing is copied that is so."""
+    setting = case.setting
+    layers = [
+        replace(layer, weight=layer.weight.to(setting.device, setting.dtype))
+        for layer in case.model.layers
+    ]
+    return replace(case, model=replace(case.model, layers=layers))
 
 
 @dataclass(frozen=True)
@@ -147,10 +158,7 @@ def prepare(case: Case, name: str, *, checked: bool = True) -> tuple[Job, float 
         WrongNumbersError: the error is too large.
     """
     setting = case.setting
-    layers = [
-        replace(layer, weight=layer.weight.to(setting.device, setting.dtype))
-        for layer in case.model.layers
-    ]
+    layers = _moved(case).model.layers
     peer = PEERS[name.removesuffix(" graphed")](layers, setting)
     if name in ("copy_", "read"):
         return Job(lambda: None, lambda _: peer.run()), None

@@ -29,7 +29,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = json.loads(
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight, in float32 on the CPU, and the dimension along which its rows lie."""
+    """One weight, loaded in float32 on the CPU, and the dimension along which its rows lie."""
 
     name: str
     weight: Tensor
