@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from digits import digits
-from gan import COMPARED, tile
+from gan import COMPARED, hinge_loss, tile
 from matplotlib.figure import Figure
 from report import Report, argument_parser
 from rich.progress import Progress
@@ -142,7 +142,7 @@ def train(
         start = time.perf_counter()
         real = scans[torch.randint(len(scans), (batch,))]
         fake = g(torch.randn(batch, LATENT))
-        d_loss = F.relu(1 - d(real)).mean() + F.relu(1 + d(fake.detach())).mean()
+        d_loss = hinge_loss(d(real), d(fake.detach()))
         d_optimizer.zero_grad()
         d_loss.backward()
         d_optimizer.step()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["CHAOS", "COMPARED", "LATENT", "Training", "compare", "tile"]
+__all__ = ["CHAOS", "COMPARED", "LATENT", "Training", "compare", "hinge_loss", "tile"]
 
 LATENT = 64
 BATCH = 32

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from demo import LATENT, generator
 from digits import digits
-from gan import tile
+from gan import hinge_loss, tile
 from matplotlib.figure import Figure, SubFigure
 from quality import class_coverage, frechet_distance
 from report import Report, argument_parser
@@ -101,7 +101,7 @@ def train(kind: str, steps: int, seed: int, scans: Tensor, progress: Progress) -
         start = time.perf_counter()
         real = scans[torch.randint(len(scans), (BATCH,))]
         fake = g(torch.randn(BATCH, LATENT))
-        d_loss = F.relu(1 - d(real)).mean() + F.relu(1 + d(fake.detach())).mean()
+        d_loss = hinge_loss(d(real), d(fake.detach()))
         d_optimizer.zero_grad()
         d_loss.backward()
         d_optimizer.step()

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from digits import digits
+from gan import hinge_loss
 from matplotlib.figure import Figure
 from report import Report, argument_parser
 from sklearn.linear_model import LogisticRegression
@@ -121,7 +122,7 @@ class Training:
         for _ in range(count):
             real, *_ = videos(self.scans, BATCH)
             fake = g(torch.randn(BATCH, LATENT))
-            d_loss = F.relu(1 - d(real)).mean() + F.relu(1 + d(fake.detach())).mean()
+            d_loss = hinge_loss(d(real), d(fake.detach()))
             d_optimizer.zero_grad()
             d_loss.backward()
             d_optimizer.step()
