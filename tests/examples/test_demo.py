@@ -1,21 +1,10 @@
 """The demo runs and writes its report and pictures."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+import example
 
 
 def test_demo(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(DEMO), "--steps", "3", "--out", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside it
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    example.run("demo", tmp_path, "--steps", "3")
     assert (tmp_path / "samples.png").stat().st_size > 1000
     assert (tmp_path / "sigma.png").stat().st_size > 1000
     report = (tmp_path / "report.md").read_text()

@@ -1,24 +1,16 @@
 """The example of five norms runs, keeps its bounds and gives the same for the same seed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import example
 import pytest
 import torch
 from rich.progress import Progress
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BOUNDED = ("spectral norm", "projection", "soft bound")
 
 
 @pytest.fixture
 def norms(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import norms
-
-    return norms
+    return example.load("norms", monkeypatch)
 
 
 def run(norms, kind, seed=0):
@@ -29,12 +21,7 @@ def run(norms, kind, seed=0):
 
 
 def test_it_writes_a_picture_and_a_report_with_a_row_for_each_kind(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "norms.py"), "--steps", "3", "--seeds", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    example.run("norms", tmp_path, "--steps", "3", "--seeds", "2")
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "report.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
