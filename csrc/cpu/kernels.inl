@@ -3,7 +3,8 @@
 // SPECTRAL_EXT_AVX2 where they hold). All is in an unnamed namespace: a function for one level must
 // never be merged with its namesake for another.
 //
-// Vectors are the GCC/Clang extension; loads and stores are unaligned unless they stream.
+// Vectors are the GCC/Clang extension, of numbers in compute precision; loads and stores convert,
+// and are unaligned unless they stream.
 
 namespace spectral_ext::cpu {
 namespace {
@@ -25,30 +26,100 @@ using Vector = typename VectorOf<A>::type;
 template <class A>
 constexpr int64_t kLanes = SPECTRAL_EXT_VECTOR_BYTES / sizeof(A);
 
-template <class A>
-inline Vector<A> load(const A* p) {
-  return *reinterpret_cast<const Vector<A>*>(p);
-}
-
-template <class A>
-inline void store(A* p, Vector<A> x) {
-  *reinterpret_cast<Vector<A>*>(p) = x;
-}
-
-/// Past the caches where the level can; p is aligned to the vector.
-template <class A>
-inline void stream(A* p, Vector<A> x) {
+// Vectors of half types.
 #if defined(SPECTRAL_EXT_AVX2)
-  if constexpr (sizeof(A) == 4) {
-    _mm256_stream_ps(p, x);
+typedef __m128i Halves;
+
+inline __m256 widened(Float16, __m128i halves) { return _mm256_cvtph_ps(halves); }
+
+inline __m256 widened(BFloat16, __m128i halves) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+inline __m128i narrowed(Float16, __m256 x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline __m128i narrowed(BFloat16, __m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+  const __m256i words = _mm256_srli_epi32(kept, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+#else
+typedef uint16_t Halves __attribute__((vector_size(SPECTRAL_EXT_VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(SPECTRAL_EXT_VECTOR_BYTES)));
+
+#if defined(__SSE2__)
+inline Words words_of(Halves halves) {
+  const __m128i bits = _mm_cvtsi64_si128(bits_as<int64_t>(halves));
+  return bits_as<Words>(_mm_unpacklo_epi16(bits, _mm_setzero_si128()));
+}
+
+inline Halves halves_of(Words words) {  // with the sign extended, as the packing takes them
+  const __m128i bits = _mm_srai_epi32(_mm_slli_epi32(bits_as<__m128i>(words), 16), 16);
+  return bits_as<Halves>(_mm_cvtsi128_si64(_mm_packs_epi32(bits, bits)));
+}
+#else
+inline Words words_of(Halves halves) { return __builtin_convertvector(halves, Words); }
+inline Halves halves_of(Words words) { return __builtin_convertvector(words, Halves); }
+#endif
+
+template <class T>
+inline Vector<float> widened(T, Halves halves) {
+  return widen<Vector<float>>(T{}, words_of(halves));
+}
+
+template <class T>
+inline Halves narrowed(T, Vector<float> x) {
+  return halves_of(narrow<Words>(T{}, x));
+}
+#endif
+
+template <class T>
+inline Vector<compute_t<T>> load(const T* p) {
+  using A = compute_t<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    return *reinterpret_cast<const Vector<A>*>(p);
   } else {
+    Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return widened(T{}, halves);
+  }
+}
+
+template <class T>
+inline void store(T* p, Vector<compute_t<T>> x) {
+  using A = compute_t<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    *reinterpret_cast<Vector<A>*>(p) = x;
+  } else {
+    const Halves halves = narrowed(T{}, x);
+    std::memcpy(p, &halves, sizeof halves);
+  }
+}
+
+/// Past the caches where the level can; p is aligned to what is written.
+template <class T>
+inline void stream(T* p, Vector<compute_t<T>> x) {
+#if defined(SPECTRAL_EXT_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm256_stream_ps(p, x);
+  } else if constexpr (std::is_same_v<T, double>) {
     _mm256_stream_pd(p, x);
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrowed(T{}, x));
   }
 #elif defined(__SSE2__)
-  if constexpr (sizeof(A) == 4) {
+  if constexpr (std::is_same_v<T, float>) {
     _mm_stream_ps(p, x);
-  } else {
+  } else if constexpr (std::is_same_v<T, double>) {
     _mm_stream_pd(p, x);
+  } else {
+    store(p, x);
   }
 #else
   store(p, x);
@@ -68,12 +139,47 @@ inline A lane_sum(Vector<A> x) {
   return total;
 }
 
+/// Writes value(i) to out[i] for i of [0, n), where vector(i) is the value of the whole vector from
+/// i on. Vectors of `out` are aligned.
+template <class Out, class VectorValue, class Value>
+inline void write(Out* out, int64_t n, bool streaming, VectorValue vector, Value value) {
+  constexpr int64_t lanes = kLanes<compute_t<Out>>;
+  const auto place = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(Out));
+  const auto tail = [=](int64_t i) { out[i] = from_compute<Out>(value(i)); };
+  const auto all = [=](auto put) {
+    int64_t i = 0;
+    for (; i < std::min((lanes - place % lanes) % lanes, n); ++i) tail(i);
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      for (int64_t k = 0; k < 4; ++k) put(out + i + k * lanes, vector(i + k * lanes));
+    }
+    for (; i + lanes <= n; i += lanes) put(out + i, vector(i));
+    for (; i < n; ++i) tail(i);
+  };
+  if (streaming) {
+    all([](Out* p, auto x) { stream(p, x); });
+  } else {
+    all([](Out* p, auto x) { store(p, x); });
+  }
+}
+
+/// Writes f(x) for every x, where f takes numbers and vectors.
+template <class T, class Y, class F>
+inline void map(const T* x, Y* y, int64_t n, bool streaming, F f) {
+  write(
+      y, n, streaming, [=](int64_t i) { return f(load(x + i)); },
+      [=](int64_t i) { return f(to_compute(x[i])); });
+}
+
+template <class T>
+inline void convert(const T* x, compute_t<T>* y, int64_t n) {
+  map(x, y, n, false, [](auto value) { return value; });
+}
+
 template <class T>
 void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, compute_t<T>* packed) {
   const int64_t rows = shape.rows, inner = shape.inner, columns = shape.columns();
   if (shape.outer == 1) {
-    const T* source = weight + first * inner;
-    for (int64_t i = 0; i < count * inner; ++i) packed[i] = to_compute(source[i]);
+    convert(weight + first * inner, packed, count * inner);
   } else if (inner == 1) {
     // A transposition, in strips of columns that keep their cache lines from row to row.
     constexpr int64_t kStrip = 16;
@@ -88,9 +194,7 @@ void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, com
   } else {
     for (int64_t o = 0; o < shape.outer; ++o) {
       for (int64_t r = 0; r < count; ++r) {
-        const T* source = weight + (o * rows + first + r) * inner;
-        for (int64_t i = 0; i < inner; ++i)
-          packed[r * columns + o * inner + i] = to_compute(source[i]);
+        convert(weight + (o * rows + first + r) * inner, packed + r * columns + o * inner, inner);
       }
     }
   }
@@ -238,35 +342,6 @@ double combine(const A* partial, int64_t stride, int64_t blocks, const A* scale,
   return norm2;
 }
 
-/// Calls body(vector offset) and tail(element offset) over [0, n); vectors of `out` are aligned.
-template <class A, class Body, class Tail>
-inline void for_vectors(const A* out, int64_t n, Body body, Tail tail) {
-  int64_t i = 0;
-  const auto misaligned = reinterpret_cast<uintptr_t>(out) % SPECTRAL_EXT_VECTOR_BYTES / sizeof(A);
-  const int64_t head = misaligned == 0 ? 0 : kLanes<A> - static_cast<int64_t>(misaligned);
-  for (; i < std::min(head, n); ++i) tail(i);
-  for (; i + 4 * kLanes<A> <= n; i += 4 * kLanes<A>) {
-    for (int64_t k = 0; k < 4; ++k) body(i + k * kLanes<A>);
-  }
-  for (; i + kLanes<A> <= n; i += kLanes<A>) body(i);
-  for (; i < n; ++i) tail(i);
-}
-
-/// Writes f(to_compute(x)) for every x, where f takes numbers and vectors.
-template <class T, class Y, class F>
-void map(const T* x, Y* y, int64_t n, bool streaming, F f) {
-  if constexpr (sizeof(T) >= 4 && std::is_same_v<T, Y>) {
-    const auto tail = [=](int64_t i) { y[i] = f(x[i]); };
-    if (streaming) {
-      for_vectors(y, n, [=](int64_t i) { stream(y + i, f(load(x + i))); }, tail);
-    } else {
-      for_vectors(y, n, [=](int64_t i) { store(y + i, f(load(x + i))); }, tail);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = from_compute<Y>(f(to_compute(x[i])));
-  }
-}
-
 template <class T, class Y>
 void divide_into(const T* w, Y* y, int64_t n, double sigma, bool streaming) {
   using A = compute_t<T>;
@@ -302,16 +377,7 @@ double dot(const T* a, const T* b, int64_t n) {
     const int64_t stop = std::min(n, i + kPiece);
     for (; i + kUnroll * lanes <= stop; i += kUnroll * lanes) {
       for (int64_t k = 0; k < kUnroll; ++k) {
-        if constexpr (sizeof(T) >= 4) {
-          sum[k] += load(a + i + k * lanes) * load(b + i + k * lanes);
-        } else {
-          Vector<A> x, y;
-          for (int64_t l = 0; l < lanes; ++l) {
-            x[l] = to_compute(a[i + k * lanes + l]);
-            y[l] = to_compute(b[i + k * lanes + l]);
-          }
-          sum[k] += x * y;
-        }
+        sum[k] += load(a + i + k * lanes) * load(b + i + k * lanes);
       }
     }
     total += static_cast<double>(lane_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])));
@@ -324,21 +390,10 @@ double dot(const T* a, const T* b, int64_t n) {
 template <class T, class Out>
 void rank_one_into(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T> coefficient,
                    Out* out, int64_t n, bool streaming) {
-  if (g == nullptr) {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_compute<Out>(-coefficient * x[i]);
-  } else if constexpr (sizeof(T) >= 4) {
-    const auto tail = [=](int64_t i) { out[i] = scale * g[i] - coefficient * x[i]; };
-    const auto value = [=](int64_t i) { return scale * load(g + i) - coefficient * load(x + i); };
-    if (streaming) {
-      for_vectors(out, n, [=](int64_t i) { stream(out + i, value(i)); }, tail);
-    } else {
-      for_vectors(out, n, [=](int64_t i) { store(out + i, value(i)); }, tail);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = from_compute<Out>(scale * to_compute(g[i]) - coefficient * x[i]);
-    }
-  }
+  if (g == nullptr) return map(x, out, n, streaming, [=](auto x) { return -coefficient * x; });
+  write(
+      out, n, streaming, [=](int64_t i) { return scale * load(g + i) - coefficient * load(x + i); },
+      [=](int64_t i) { return scale * to_compute(g[i]) - coefficient * x[i]; });
 }
 
 template <class T>

@@ -1,6 +1,6 @@
-// The kernels for x86-64 processors with AVX2 and FMA (2013 and later). The target is set by a
-// pragma after all headers: with a compiler flag, inline functions of the standard library would be
-// compiled for AVX2 too, and the linker might keep those for every processor.
+// The kernels for x86-64 processors with AVX2, FMA and F16C (2013 and later). The target is set by
+// a pragma after all headers: with a compiler flag, inline functions of the standard library would
+// be compiled for AVX2 too, and the linker might keep those for every processor.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -13,10 +13,10 @@
 #include "levels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define SPECTRAL_EXT_AVX2

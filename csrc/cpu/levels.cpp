@@ -10,9 +10,9 @@ static const Level& choose() {
   const char* wish = std::getenv("SPECTRAL_EXT_CPU_LEVEL");
   const bool lowered = wish != nullptr && std::strcmp(wish, "baseline") == 0;
   __builtin_cpu_init();
-  if (!lowered && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return kAvx2;
-  }
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  if (has_avx2 && !lowered) return kAvx2;
 #endif
   return kBaseline;
 }
