@@ -393,6 +393,33 @@ def test_bits_do_not_depend_on_threads(dtype, order):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "narrowed"),
+    [(dtype, None) for dtype in DTYPES] + [(torch.float32, dtype) for dtype in DTYPES[2:]],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_size_of_the_call(dtype, narrowed):
+    """Large calls write past the caches, from odd places on."""
+
+    def run(*others):
+        torch.manual_seed(3)
+        layer = samples.layer((1003, 501), dtype=dtype)
+        weight = layer.weight.requires_grad_()
+        (normalized, *_), _ = spectral_normalize(
+            [weight, *(other.weight for other in others)],
+            [layer.u, *(other.u for other in others)],
+            [layer.v, *(other.v for other in others)],
+            dtype=narrowed,
+            backend="cpu",
+        )
+        (gradient,) = torch.autograd.grad(normalized, weight, torch.randn_like(normalized))
+        return normalized, gradient
+
+    large = samples.layer((2048, 2048))  # 16 MiB
+    for a, b in zip(run(), run(large), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_weight_of_more_than_2_gib():
     """Byte offsets beyond 32 bits, forward and backward."""
     needed = 12 << 30

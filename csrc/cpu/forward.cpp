@@ -164,17 +164,16 @@ class Forward {
     if (s != nullptr) std::memset(s, 0, static_cast<size_t>(columns) * sizeof(A));
 
     A scale = pass.dots ? 0 : 1;
-    const bool direct = std::is_same_v<T, A> && layer_.shape.outer == 1;
-    const int64_t step = direct ? end - begin : cut_.rows_per_pack;
-    for (int64_t r = begin; r < end; r += step) {
-      const int64_t count = std::min(step, end - r);
-      const A* rows = packed_;
-      if (direct) {
-        rows = static_cast<const A*>(layer_.weight) + r * columns;
-      } else {
-        kernels_.pack(static_cast<const T*>(layer_.weight), layer_.shape, r, count, packed_);
+    const T* weight = static_cast<const T*>(layer_.weight);
+    if (layer_.shape.outer == 1) {
+      scale = kernels_.gram(weight + begin * columns, end - begin, columns, v, work_.t + begin, s,
+                            scale);
+    } else {
+      for (int64_t r = begin; r < end; r += cut_.rows_per_pack) {
+        const int64_t count = std::min(cut_.rows_per_pack, end - r);
+        kernels_.pack(weight, layer_.shape, r, count, packed_);
+        scale = kernels<A>().gram(packed_, count, columns, v, work_.t + r, s, scale);
       }
-      scale = kernels_.gram(rows, count, columns, v, work_.t + r, s, scale);
     }
     // A block of zeros takes the largest scale, since the smallest of all blocks is the common one.
     work_.scale[block] = scale == 0 ? std::ldexp(A(1), kMaxScaleExponent<A>) : scale;

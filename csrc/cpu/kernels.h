@@ -25,7 +25,7 @@ struct Kernels {
   /// t[r] = row_r · v (if v is not null; t is given otherwise), s += scale · t[r] · row_r (if s is
   /// not null). Returns the scale: if 0 was given, the power of two that brings the first t to
   /// about 1, so that t · row neither overflows nor underflows whatever the size of the weights.
-  A (*gram)(const A* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A scale);
+  A (*gram)(const T* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A scale);
 
   /// y[j] = Σ_b partial[b · stride + j] · common / scale[b], over `divisor`. Returns Σ y².
   double (*combine)(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,

@@ -200,8 +200,9 @@ void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, com
   }
 }
 
-template <class A, int kRows>
-inline void dot_rows(const A* rows, int64_t columns, const A* v, A* t) {
+template <class T, int kRows>
+inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, compute_t<T>* t) {
+  using A = compute_t<T>;
   // Long float sums are made of pieces, so that rounding errors do not grow with the length.
   constexpr int64_t n = kLanes<A>, kPiece = 1024;
   double total[kRows] = {};
@@ -220,13 +221,15 @@ inline void dot_rows(const A* rows, int64_t columns, const A* v, A* t) {
   }
   A tail[kRows] = {};
   for (; j < columns; ++j) {
-    for (int r = 0; r < kRows; ++r) tail[r] += rows[r * columns + j] * v[j];
+    for (int r = 0; r < kRows; ++r) tail[r] += to_compute(rows[r * columns + j]) * v[j];
   }
   for (int r = 0; r < kRows; ++r) t[r] = static_cast<A>(total[r] + static_cast<double>(tail[r]));
 }
 
-template <class A, int kRows>
-inline void accumulate_rows(const A* rows, int64_t columns, const A* t, A scale, A* s) {
+template <class T, int kRows>
+inline void accumulate_rows(const T* rows, int64_t columns, const compute_t<T>* t,
+                            compute_t<T> scale, compute_t<T>* s) {
+  using A = compute_t<T>;
   A weight[kRows];
   for (int r = 0; r < kRows; ++r) weight[r] = t[r] * scale;
   constexpr int64_t n = kLanes<A>;
@@ -237,15 +240,17 @@ inline void accumulate_rows(const A* rows, int64_t columns, const A* t, A scale,
     store(s + j, sum);
   }
   for (; j < columns; ++j) {
-    for (int r = 0; r < kRows; ++r) s[j] += weight[r] * rows[r * columns + j];
+    for (int r = 0; r < kRows; ++r) s[j] += weight[r] * to_compute(rows[r * columns + j]);
   }
 }
 
 /// t = rows · v of the next rows and s += Σ weight · row of the ones before, in one loop: while the
 /// next rows come from memory, the ones before are read again from the cache.
-template <class A, int kRows>
-inline void dot_and_accumulate_rows(const A* next, const A* rows, int64_t columns, const A* v, A* t,
-                                    const A* weight, A* s) {
+template <class T, int kRows>
+inline void dot_and_accumulate_rows(const T* next, const T* rows, int64_t columns,
+                                    const compute_t<T>* v, compute_t<T>* t,
+                                    const compute_t<T>* weight, compute_t<T>* s) {
+  using A = compute_t<T>;
   constexpr int64_t n = kLanes<A>, kPiece = 1024;
   double total[kRows] = {};
   int64_t j = 0;
@@ -270,8 +275,8 @@ inline void dot_and_accumulate_rows(const A* next, const A* rows, int64_t column
   A tail[kRows] = {};
   for (; j < columns; ++j) {
     for (int r = 0; r < kRows; ++r) {
-      tail[r] += next[r * columns + j] * v[j];
-      s[j] += weight[r] * rows[r * columns + j];
+      tail[r] += to_compute(next[r * columns + j]) * v[j];
+      s[j] += weight[r] * to_compute(rows[r * columns + j]);
     }
   }
   for (int r = 0; r < kRows; ++r) t[r] = static_cast<A>(total[r] + static_cast<double>(tail[r]));
@@ -288,40 +293,44 @@ inline A choose_scale(const A* t, A scale) {
                     std::clamp(-std::ilogb(largest), -kMaxScaleExponent<A>, kMaxScaleExponent<A>));
 }
 
-template <class A, int kRows>
-inline A gram_rows(const A* rows, int64_t columns, const A* v, A* t, A* s, A scale) {
-  if (v != nullptr) dot_rows<A, kRows>(rows, columns, v, t);
+template <class T, int kRows>
+inline compute_t<T> gram_rows(const T* rows, int64_t columns, const compute_t<T>* v,
+                              compute_t<T>* t, compute_t<T>* s, compute_t<T> scale) {
+  using A = compute_t<T>;
+  if (v != nullptr) dot_rows<T, kRows>(rows, columns, v, t);
   if (s == nullptr) return scale;
   scale = choose_scale<A, kRows>(t, scale);
-  accumulate_rows<A, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s);
+  accumulate_rows<T, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s);
   return scale;
 }
 
-template <class A>
-A gram(const A* rows, int64_t count, int64_t columns, const A* v, A* t, A* s, A scale) {
+template <class T>
+compute_t<T> gram(const T* rows, int64_t count, int64_t columns, const compute_t<T>* v,
+                  compute_t<T>* t, compute_t<T>* s, compute_t<T> scale) {
+  using A = compute_t<T>;
   constexpr int64_t kRows = 4, kFirstCache = 32 << 10;
   const int64_t step = kRows * columns;
   int64_t r = 0;
   // Rows that the first cache holds are best read twice one after the other.
   if (v != nullptr && s != nullptr && count >= kRows &&
-      step * static_cast<int64_t>(sizeof(A)) > kFirstCache) {
-    dot_rows<A, kRows>(rows, columns, v, t);
+      step * static_cast<int64_t>(sizeof(T)) > kFirstCache) {
+    dot_rows<T, kRows>(rows, columns, v, t);
     for (; r + 2 * kRows <= count; r += kRows) {
       scale = choose_scale<A, kRows>(t + r, scale);
       A weight[kRows];
       for (int64_t k = 0; k < kRows; ++k) weight[k] = t[r + k] * (scale == 0 ? A(1) : scale);
-      dot_and_accumulate_rows<A, kRows>(rows + r * columns + step, rows + r * columns, columns, v,
+      dot_and_accumulate_rows<T, kRows>(rows + r * columns + step, rows + r * columns, columns, v,
                                         t + r + kRows, weight, s);
     }
     scale = choose_scale<A, kRows>(t + r, scale);
-    accumulate_rows<A, kRows>(rows + r * columns, columns, t + r, scale == 0 ? A(1) : scale, s);
+    accumulate_rows<T, kRows>(rows + r * columns, columns, t + r, scale == 0 ? A(1) : scale, s);
     r += kRows;
   }
   for (; r + kRows <= count; r += kRows) {
-    scale = gram_rows<A, kRows>(rows + r * columns, columns, v, t + r, s, scale);
+    scale = gram_rows<T, kRows>(rows + r * columns, columns, v, t + r, s, scale);
   }
   for (; r < count; ++r) {
-    scale = gram_rows<A, 1>(rows + r * columns, columns, v, t + r, s, scale);
+    scale = gram_rows<T, 1>(rows + r * columns, columns, v, t + r, s, scale);
   }
   return scale;
 }
@@ -407,8 +416,8 @@ void rank_one(const T* g, const compute_t<T>* x, compute_t<T> scale, compute_t<T
 }
 
 template <class T>
-constexpr Kernels<T> kKernels = {
-    pack<T>, gram<compute_t<T>>, combine<compute_t<T>>, divide<T>, dot<T>, rank_one<T>, fence};
+constexpr Kernels<T> kKernels = {pack<T>,     gram<T>, combine<compute_t<T>>, divide<T>, dot<T>,
+                                 rank_one<T>, fence};
 
 }  // namespace
 }  // namespace spectral_ext::cpu
