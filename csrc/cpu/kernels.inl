@@ -200,6 +200,13 @@ void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, com
   }
 }
 
+/// Asks for the cache line of p[offset], which may lie behind the end of the memory of p.
+template <class T>
+inline void prefetch(const T* p, int64_t offset) {
+  const auto address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
+
 template <class T, int kRows>
 inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, compute_t<T>* t) {
   using A = compute_t<T>;
@@ -212,6 +219,7 @@ inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, comp
     const int64_t stop = std::min(columns, j + kPiece);
     for (; j + 2 * n <= stop; j += 2 * n) {
       for (int r = 0; r < kRows; ++r) {
+        if (r < kRows / 2) prefetch(rows, (kRows + r) * columns + j);
         sum[r][0] += load(rows + r * columns + j) * load(v + j);
         sum[r][1] += load(rows + r * columns + j + n) * load(v + j + n);
       }
@@ -234,52 +242,19 @@ inline void accumulate_rows(const T* rows, int64_t columns, const compute_t<T>* 
   for (int r = 0; r < kRows; ++r) weight[r] = t[r] * scale;
   constexpr int64_t n = kLanes<A>;
   int64_t j = 0;
-  for (; j + n <= columns; j += n) {
-    Vector<A> sum = load(s + j);
-    for (int r = 0; r < kRows; ++r) sum += weight[r] * load(rows + r * columns + j);
-    store(s + j, sum);
+  for (; j + 2 * n <= columns; j += 2 * n) {
+    Vector<A> sum[2] = {load(s + j), load(s + j + n)};
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= kRows / 2) prefetch(rows, (kRows + r) * columns + j);
+      sum[0] += weight[r] * load(rows + r * columns + j);
+      sum[1] += weight[r] * load(rows + r * columns + j + n);
+    }
+    store(s + j, sum[0]);
+    store(s + j + n, sum[1]);
   }
   for (; j < columns; ++j) {
     for (int r = 0; r < kRows; ++r) s[j] += weight[r] * to_compute(rows[r * columns + j]);
   }
-}
-
-/// t = rows · v of the next rows and s += Σ weight · row of the ones before, in one loop: while the
-/// next rows come from memory, the ones before are read again from the cache.
-template <class T, int kRows>
-inline void dot_and_accumulate_rows(const T* next, const T* rows, int64_t columns,
-                                    const compute_t<T>* v, compute_t<T>* t,
-                                    const compute_t<T>* weight, compute_t<T>* s) {
-  using A = compute_t<T>;
-  constexpr int64_t n = kLanes<A>, kPiece = 1024;
-  double total[kRows] = {};
-  int64_t j = 0;
-  while (j + 2 * n <= columns) {
-    Vector<A> sum[kRows][2] = {};
-    const int64_t stop = std::min(columns, j + kPiece);
-    for (; j + 2 * n <= stop; j += 2 * n) {
-      for (int64_t k = 0; k < 2; ++k) {
-        const int64_t place = j + k * n;
-        const Vector<A> x = load(v + place);
-        Vector<A> y = load(s + place);
-        for (int r = 0; r < kRows; ++r) {
-          sum[r][k] += load(next + r * columns + place) * x;
-          y += weight[r] * load(rows + r * columns + place);
-        }
-        store(s + place, y);
-      }
-    }
-    for (int r = 0; r < kRows; ++r)
-      total[r] += static_cast<double>(lane_sum<A>(sum[r][0] + sum[r][1]));
-  }
-  A tail[kRows] = {};
-  for (; j < columns; ++j) {
-    for (int r = 0; r < kRows; ++r) {
-      tail[r] += to_compute(next[r * columns + j]) * v[j];
-      s[j] += weight[r] * to_compute(rows[r * columns + j]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) t[r] = static_cast<A>(total[r] + static_cast<double>(tail[r]));
 }
 
 /// The scale for sums of t · row, if none is chosen yet (0).
@@ -307,25 +282,8 @@ inline compute_t<T> gram_rows(const T* rows, int64_t columns, const compute_t<T>
 template <class T>
 compute_t<T> gram(const T* rows, int64_t count, int64_t columns, const compute_t<T>* v,
                   compute_t<T>* t, compute_t<T>* s, compute_t<T> scale) {
-  using A = compute_t<T>;
-  constexpr int64_t kRows = 4, kFirstCache = 32 << 10;
-  const int64_t step = kRows * columns;
+  constexpr int kRows = 4;
   int64_t r = 0;
-  // Rows that the first cache holds are best read twice one after the other.
-  if (v != nullptr && s != nullptr && count >= kRows &&
-      step * static_cast<int64_t>(sizeof(T)) > kFirstCache) {
-    dot_rows<T, kRows>(rows, columns, v, t);
-    for (; r + 2 * kRows <= count; r += kRows) {
-      scale = choose_scale<A, kRows>(t + r, scale);
-      A weight[kRows];
-      for (int64_t k = 0; k < kRows; ++k) weight[k] = t[r + k] * (scale == 0 ? A(1) : scale);
-      dot_and_accumulate_rows<T, kRows>(rows + r * columns + step, rows + r * columns, columns, v,
-                                        t + r + kRows, weight, s);
-    }
-    scale = choose_scale<A, kRows>(t + r, scale);
-    accumulate_rows<T, kRows>(rows + r * columns, columns, t + r, scale == 0 ? A(1) : scale, s);
-    r += kRows;
-  }
   for (; r + kRows <= count; r += kRows) {
     scale = gram_rows<T, kRows>(rows + r * columns, columns, v, t + r, s, scale);
   }
