@@ -120,7 +120,7 @@ void backward(const std::vector<LayerGradient>& layers, int threads,
   int64_t bytes = 0, scratch_bytes = 0, partials = 0;
   for (const LayerGradient& layer : layers) {
     const Cut& cut = cuts.emplace_back(layer);
-    schedule.add_layer(2, [&](int64_t) { return cut.slices; }, cut.whole, kUpdate);
+    schedule.add_layer(2, [&](int64_t) { return cut.slices; }, cut.whole);
     first_partial.push_back(partials);
     partials += cut.slices;
     bytes += layer.shape.numel() * element_size(layer.dtype);

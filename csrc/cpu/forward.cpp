@@ -382,8 +382,7 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   for (const Layer& layer : layers) {
     const Cut& cut = cuts.emplace_back(layer, update);
     schedule.add_layer(
-        cut.stages(), [&](int64_t stage) { return cut.stage_size(stage); }, cut.whole,
-        cut.stages() - 1);
+        cut.stages(), [&](int64_t stage) { return cut.stage_size(stage); }, cut.whole);
     bytes += layer.shape.numel() * element_size(layer.dtype);
     dispatch(layer.dtype, [&](auto element) {
       scratch_bytes =
@@ -411,7 +410,7 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   place(memory.base, &workspaces);
 
   const bool streaming = 2 * bytes > kCacheBytes;
-  schedule.fill_waits(workers);
+  schedule.overlap(workers);
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const Layer& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

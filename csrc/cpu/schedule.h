@@ -22,33 +22,36 @@ struct Item {
   int64_t stage;
   int64_t index;     // among the items of this stage
   int64_t required;  // items of this layer that must be finished first: all of earlier stages
+  bool is_last_stage;
 };
 
 class Schedule {
  public:
   /// Appends a layer whose stages have stage_size(stage) items. A layer that is `whole` is one
-  /// item, with stage −1: its runner does all stages itself. `reversed` stages count down, so that
-  /// they begin with what the stage before has left in cache.
+  /// item, with stage −1: its runner does all stages itself. The last stage counts down, so that it
+  /// begins with what the stage before has left in cache.
   template <class Size>
-  void add_layer(int64_t stages, Size stage_size, bool whole, int64_t reversed_stage) {
+  void add_layer(int64_t stages, Size stage_size, bool whole) {
     const int32_t layer = layers_++;
     if (whole) {
-      items_.push_back({layer, -1, 0, 0});
+      items_.push_back({layer, -1, 0, 0, false});
       return;
     }
     int64_t before = 0;
     for (int64_t stage = 0; stage < stages; ++stage) {
       const int64_t size = stage_size(stage);
       for (int64_t i = 0; i < size; ++i) {
-        items_.push_back({layer, stage, stage == reversed_stage ? size - 1 - i : i, before});
+        const bool is_last = stage == stages - 1;
+        items_.push_back({layer, stage, is_last ? size - 1 - i : i, before, is_last});
       }
       before += size;
     }
   }
 
-  /// Moves up to `count` items that wait for nothing ahead of each stage that waits for another, so
-  /// that threads have work while the last items of the stage before are finished.
-  void fill_waits(int count);
+  /// Moves items that wait for nothing to where others do: one for each worker ahead of each stage
+  /// that waits, so that threads have work while the last items of the stage before are finished;
+  /// and one beside each item of a last stage, so that one thread writes while another reads.
+  void overlap(int workers);
 
   /// Calls f(begin, end) on parts of [0, n), in parallel if it can.
   using ParallelFor = void (*)(int64_t n, void (*f)(int64_t begin, int64_t end, void* context),
