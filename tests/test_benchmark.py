@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,6 +243,28 @@ def test_a_backward_belongs_to_the_norms_whose_forward_made_it(file):
     frozen.net[0].parametrizations.weight.original.requires_grad_(False)
     found = profile_step(frozen, True, trace, steps=2, device=device)
     assert found.parts["norms, backward"] == 0 < found.parts["rest of backward"]
+
+
+def table_of(script, *arguments):
+    """Run a script; return the cells of the rows that it printed."""
+    command = [sys.executable, str(BENCH / script), *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="its loops are for AVX2")
+def test_ceilings_measures_every_loop_at_every_size():
+    rows = table_of("ceilings.py", "--megabytes", "1", "2", "--threads", "1", "2", "--repeats", "2")
+    assert [row[0] for row in rows] == ["1, 1", "1, 2", "2, 1", "2, 2"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
+def test_host_shows_what_a_layer_costs():
+    rows = table_of("host.py", "--counts", "2", "60", "--seconds", "0.2")
+    assert len(rows) == 5
+    fewer, more, slope = zip(*([float(cell) for cell in row[1:]] for row in rows), strict=True)
+    assert all(b > a for a, b in zip(fewer, more, strict=True)) and min(slope) > 0
 
 
 def test_the_fit_finds_start_and_slope(plot):
