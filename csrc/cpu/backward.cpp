@@ -134,7 +134,6 @@ void backward(const std::vector<LayerGradient>& layers, int threads,
   std::vector<double> partial(static_cast<size_t>(partials));
 
   const bool streaming = 3 * bytes > kCacheBytes;
-  schedule.overlap(workers);
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const LayerGradient& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

@@ -410,7 +410,7 @@ void forward(const std::vector<Layer>& layers, bool update, int threads,
   place(memory.base, &workspaces);
 
   const bool streaming = 2 * bytes > kCacheBytes;
-  schedule.overlap(workers);
+  schedule.fill_waits(workers);
   schedule.run(workers, parallel_for, [&](const Item& item, int worker) {
     const Layer& layer = layers[item.layer];
     dispatch(layer.dtype, [&](auto element) {

@@ -221,8 +221,8 @@ inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, comp
     Vector<A> sum[kRows][2] = {};
     const int64_t stop = std::min(columns, j + kPiece);
     for (; j + 2 * n <= stop; j += 2 * n) {
-      for (int r = 0; r < kRows / 2; ++r) prefetch(rows, (kRows + r) * columns + j);
       for (int r = 0; r < kRows; ++r) {
+        if (r < kRows / 2) prefetch(rows, (kRows + r) * columns + j);
         sum[r][0] += load(rows + r * columns + j) * load(v + j);
         sum[r][1] += load(rows + r * columns + j + n) * load(v + j + n);
       }
@@ -244,18 +244,22 @@ inline void accumulate_rows(const T* rows, int64_t columns, const compute_t<T>* 
   A weight[kRows];
   for (int r = 0; r < kRows; ++r) weight[r] = t[r] * scale;
   constexpr int64_t n = kLanes<A>;
-  const auto add = [=](int64_t j) {
+  int64_t j = 0;
+  for (; j + 2 * n <= columns; j += 2 * n) {
+    Vector<A> sum[2] = {load(s + j), load(s + j + n)};
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= kRows / 2) prefetch(rows, (kRows + r) * columns + j);
+      sum[0] += weight[r] * load(rows + r * columns + j);
+      sum[1] += weight[r] * load(rows + r * columns + j + n);
+    }
+    store(s + j, sum[0]);
+    store(s + j + n, sum[1]);
+  }
+  for (; j + n <= columns; j += n) {
     Vector<A> sum = load(s + j);
     for (int r = 0; r < kRows; ++r) sum += weight[r] * load(rows + r * columns + j);
     store(s + j, sum);
-  };
-  int64_t j = 0;
-  for (; j + 2 * n <= columns; j += 2 * n) {
-    for (int r = kRows / 2; r < kRows; ++r) prefetch(rows, (kRows + r) * columns + j);
-    add(j);
-    add(j + n);
   }
-  for (; j + n <= columns; j += n) add(j);
   for (; j < columns; ++j) {
     for (int r = 0; r < kRows; ++r) s[j] += weight[r] * to_compute(rows[r * columns + j]);
   }

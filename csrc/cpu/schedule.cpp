@@ -12,25 +12,23 @@
 
 namespace spectral_ext::cpu {
 
-void Schedule::overlap(int workers) {
+void Schedule::fill_waits(int count) {
   std::vector<Item> order;
   order.reserve(items_.size());
   std::vector<bool> taken(items_.size());
   size_t next = 0;  // items before this one are taken or wait for others
-  const auto take_free_item = [&] {
-    while (next < items_.size() && (taken[next] || items_[next].required > 0)) ++next;
-    if (next == items_.size()) return;
-    taken[next] = true;
-    order.push_back(items_[next]);
-  };
   for (size_t i = 0; i < items_.size(); ++i) {
     if (taken[i]) continue;
     next = std::max(next, i);
     const bool begins_to_wait =
         items_[i].required > 0 && items_[i].required != items_[i - 1].required;
-    for (int filled = 0; begins_to_wait && filled < workers; ++filled) take_free_item();
+    for (int filled = 0; begins_to_wait && filled < count; ++filled) {
+      while (next < items_.size() && (taken[next] || items_[next].required > 0)) ++next;
+      if (next == items_.size()) break;
+      taken[next] = true;
+      order.push_back(items_[next]);
+    }
     order.push_back(items_[i]);
-    if (items_[i].is_last_stage && workers > 1) take_free_item();
   }
   items_ = std::move(order);
 }

@@ -22,7 +22,6 @@ struct Item {
   int64_t stage;
   int64_t index;     // among the items of this stage
   int64_t required;  // items of this layer that must be finished first: all of earlier stages
-  bool is_last_stage;
 };
 
 class Schedule {
@@ -34,24 +33,22 @@ class Schedule {
   void add_layer(int64_t stages, Size stage_size, bool whole) {
     const int32_t layer = layers_++;
     if (whole) {
-      items_.push_back({layer, -1, 0, 0, false});
+      items_.push_back({layer, -1, 0, 0});
       return;
     }
     int64_t before = 0;
     for (int64_t stage = 0; stage < stages; ++stage) {
       const int64_t size = stage_size(stage);
       for (int64_t i = 0; i < size; ++i) {
-        const bool is_last = stage == stages - 1;
-        items_.push_back({layer, stage, is_last ? size - 1 - i : i, before, is_last});
+        items_.push_back({layer, stage, stage == stages - 1 ? size - 1 - i : i, before});
       }
       before += size;
     }
   }
 
-  /// Moves items that wait for nothing to where others do: one for each worker ahead of each stage
-  /// that waits, so that threads have work while the last items of the stage before are finished;
-  /// and one beside each item of a last stage, so that one thread writes while another reads.
-  void overlap(int workers);
+  /// Moves up to `count` items that wait for nothing ahead of each stage that waits for another, so
+  /// that threads have work while the last items of the stage before are finished.
+  void fill_waits(int count);
 
   /// Calls f(begin, end) on parts of [0, n), in parallel if it can.
   using ParallelFor = void (*)(int64_t n, void (*f)(int64_t begin, int64_t end, void* context),
