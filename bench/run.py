@@ -75,11 +75,13 @@ def growth() -> Iterator[Question]:
     """Time against the number of layers, the bytes of a layer, and the iterations."""
     modes = ("forward", "forward+backward")
     for count in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
+        model = load(f"{count} x 8x8")
         for mode in modes:
-            yield Question(Case(load(f"{count} x 8x8"), mode), THREADS, QUICK)
+            yield Question(Case(model, mode), THREADS, QUICK)
     for side in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384):
+        model = load(f"1 x {side}x{side}")
         for mode in modes:
-            yield Question(Case(load(f"1 x {side}x{side}"), mode), THREADS, ONLY_OURS)
+            yield Question(Case(model, mode), THREADS, ONLY_OURS)
     model = load(HEADLINE[1])
     for count in (3, 10, 20):  # 1, 2 and 5 are asked above
         setting = Setting(n_power_iterations=count)

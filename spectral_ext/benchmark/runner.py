@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..backends.cpu import empty_cache
 from .measure import Case, Measurement, measure
 from .memory import peak_bytes
 from .peers import CPU_PEERS, GPU_PEERS
@@ -77,6 +78,7 @@ def _answer(
     device = case.setting.device
     peers = question.providers or (GPU_PEERS if device.type == "cuda" else CPU_PEERS)
     found = measure(case, peers, seconds=seconds, tick=tick)
+    empty_cache()  # a pool for the largest model so far would stay
     rows = []
     for each in found:
         peak = None
