@@ -198,7 +198,7 @@ def largest_error(
         ).weight  # fmt: skip
         pairs = [(y, expected), (gw, torch.autograd.grad(expected, weight, g.double())[0])]
         for actual, truth in pairs:
-            error = (actual.double().sub_(truth).norm() / truth.norm()).item()
+            error = (torch.dist(actual.double(), truth) / truth.norm()).item()
             largest = max(largest, error if math.isfinite(error) else math.inf)
     return largest
 
