@@ -201,7 +201,7 @@ void pack(const T* weight, const Shape& shape, int64_t first, int64_t count, com
 }
 
 // While four rows are read twice, the next four come from memory: the products ask for the first
-// half of them, the sums for the other.
+// `ahead` of them, the sums for the others.
 
 /// Asks for the cache line of p[offset], which may lie behind the end of the memory of p.
 template <class T>
@@ -211,7 +211,8 @@ inline void prefetch(const T* p, int64_t offset) {
 }
 
 template <class T, int kRows>
-inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, compute_t<T>* t) {
+inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, compute_t<T>* t,
+                     int ahead) {
   using A = compute_t<T>;
   // Long float sums are made of pieces, so that rounding errors do not grow with the length.
   constexpr int64_t n = kLanes<A>, kPiece = 1024;
@@ -222,7 +223,7 @@ inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, comp
     const int64_t stop = std::min(columns, j + kPiece);
     for (; j + 2 * n <= stop; j += 2 * n) {
       for (int r = 0; r < kRows; ++r) {
-        if (r < kRows / 2) prefetch(rows, (kRows + r) * columns + j);
+        if (r < ahead) prefetch(rows, (kRows + r) * columns + j);
         sum[r][0] += load(rows + r * columns + j) * load(v + j);
         sum[r][1] += load(rows + r * columns + j + n) * load(v + j + n);
       }
@@ -239,7 +240,7 @@ inline void dot_rows(const T* rows, int64_t columns, const compute_t<T>* v, comp
 
 template <class T, int kRows>
 inline void accumulate_rows(const T* rows, int64_t columns, const compute_t<T>* t,
-                            compute_t<T> scale, compute_t<T>* s) {
+                            compute_t<T> scale, compute_t<T>* s, int ahead) {
   using A = compute_t<T>;
   A weight[kRows];
   for (int r = 0; r < kRows; ++r) weight[r] = t[r] * scale;
@@ -248,7 +249,7 @@ inline void accumulate_rows(const T* rows, int64_t columns, const compute_t<T>* 
   for (; j + 2 * n <= columns; j += 2 * n) {
     Vector<A> sum[2] = {load(s + j), load(s + j + n)};
     for (int r = 0; r < kRows; ++r) {
-      if (r >= kRows / 2) prefetch(rows, (kRows + r) * columns + j);
+      if (r >= ahead) prefetch(rows, (kRows + r) * columns + j);
       sum[0] += weight[r] * load(rows + r * columns + j);
       sum[1] += weight[r] * load(rows + r * columns + j + n);
     }
@@ -280,10 +281,11 @@ template <class T, int kRows>
 inline compute_t<T> gram_rows(const T* rows, int64_t columns, const compute_t<T>* v,
                               compute_t<T>* t, compute_t<T>* s, compute_t<T> scale) {
   using A = compute_t<T>;
-  if (v != nullptr) dot_rows<T, kRows>(rows, columns, v, t);
+  const int ahead = v == nullptr ? 0 : s == nullptr ? kRows : kRows / 2;
+  if (v != nullptr) dot_rows<T, kRows>(rows, columns, v, t, ahead);
   if (s == nullptr) return scale;
   scale = choose_scale<A, kRows>(t, scale);
-  accumulate_rows<T, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s);
+  accumulate_rows<T, kRows>(rows, columns, t, scale == 0 ? A(1) : scale, s, ahead);
   return scale;
 }
 
