@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 Order = Literal["u_first", "v_first"]
+"""What an iteration makes first: ``u = Mv``, as stock's parametrization, or ``v = Mᵀu``, as its hook."""
 
 
 class Normalized(NamedTuple):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Update", "watch_optimizers"]
 
 Update = Literal["forward", "step", "manual"]
+"""When a group computes: in every forward, once between two changes of a weight, or when it is told."""
 
 
 class Kept:

@@ -46,7 +46,9 @@ __all__ = [
 
 Origin = Literal["own", "parametrization", "hook"]
 Gain = Literal["sigma", "one", "sigma_per_channel", "one_per_channel"]
+"""A learned factor, of the layer or of each output channel, and whether it starts at σ or at one."""
 Init = Literal["randn", "svd"]
+"""How ``u`` and ``v`` start: random with 15 iterations, or as exact singular vectors."""
 GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.

@@ -1,7 +1,7 @@
 """Projection of weights after every optimizer step: the spectral norm as a constraint of training."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from .. import functional
 from ..layout import compute_dtype, matrix_shape
@@ -275,7 +275,26 @@ class SpectralProjection:
         return "\n".join(lines) + "\n)"
 
 
-def project_(weights: Weights, **settings: Any) -> Tensor:
+class ProjectionSettings(TypedDict, total=False):
+    """The keywords of :class:`SpectralProjection`."""
+
+    bound: float | None
+    scale: float | None
+    n_power_iterations: int
+    eps: float
+    tol: float
+    max_power_iterations: int | None
+    order: Order
+    init: Init
+    dim: int | None
+    types: type[Module] | Sequence[type[Module]]
+    include: Selector | None
+    exclude: Selector | None
+    name: str
+    backend: str | None
+
+
+def project_(weights: Weights, **settings: Unpack[ProjectionSettings]) -> Tensor:
     """Project weights once, in place, with exact singular vectors.
 
     One iteration from the vectors of an SVD gives σ to rounding. For large weights

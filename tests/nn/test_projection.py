@@ -1,6 +1,7 @@
 """Projection of weights after the optimizer's step, and what it leaves alone."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -15,7 +16,7 @@ from torch.nn.utils import weight_norm as hook_weight_norm
 
 import spectral_ext
 from spectral_ext import backends, functional
-from spectral_ext.nn.projection import SpectralProjection, project_
+from spectral_ext.nn.projection import ProjectionSettings, SpectralProjection, project_
 
 NAMES = ("conv.weight", "up.weight", "body.0.weight", "body.2.weight", "head.weight")
 DIMS = (0, 1, 0, 0, 0)
@@ -420,6 +421,11 @@ def test_project_once_gives_the_norms_and_takes_all_settings(backend):
 
 
 # Saving and copies.
+
+
+def test_the_typed_keywords_are_those_of_the_class():
+    parameters = list(inspect.signature(SpectralProjection).parameters)
+    assert list(ProjectionSettings.__annotations__) == parameters[1:]
 
 
 def test_a_run_that_was_saved_goes_on_with_the_same_bits(backend):

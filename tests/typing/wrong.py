@@ -18,6 +18,8 @@ spectral_ext.fuse(model, include=3)  # type: ignore[arg-type]
 spectral_ext.fuse(model)(weights[0])  # type: ignore[operator]
 spectral_ext.stock_state_dict(model, layout="mine")  # type: ignore[arg-type]
 spectral_ext.SpectralProjection(model, bounds=1.0)  # type: ignore[call-arg]
+spectral_ext.project_(model, bounds=1.0)  # type: ignore[call-arg]
+spectral_ext.project_(model, init="zeros")  # type: ignore[arg-type]
 spectral_ext.functional.spectral_normalize(weights, weights)  # type: ignore[call-arg]
 spectral_ext.functional.spectral_normalize(
     weights,
