@@ -139,3 +139,15 @@ def test_other_dtypes_are_refused(backend, dtype):
     with pytest.raises(TypeError, match="dtype must be"):
         run([layer], backend, dtype)
     assert torch.equal(layer.u, u)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_no_nan_becomes_a_number(backend, dtype):
+    """Not even one whose bits, when they are rounded, run over into the sign."""
+    bits = torch.tensor([2**31 - 1, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32)
+    layer = samples.layer((12, 31))
+    weight = bits.repeat(93).view(torch.float32).reshape(12, 31).clone()
+    (normalized,), _ = spectral_normalize(
+        [weight], [layer.u], [layer.v], update=False, dtype=dtype, backend=backend
+    )
+    assert normalized.isnan().all()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import samples
@@ -87,6 +88,22 @@ def test_every_half_is_converted_and_rounded_as_in_torch(backend, dtype, divisor
         [weight], [unit], [unit.clone()], update=False, backend=backend
     )
     assert torch.equal(normalized, (weight.float() / divisor).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_of_a_gradient_comes_back(backend, dtype):
+    """Where σ is a constant 1: infinities, NaN and subnormals, each in its place."""
+    grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    grad = grad.reshape(256, 256)
+    weight, unit = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, dtype=dtype)
+    weight[0, 0] = unit[0] = 1
+    weight.requires_grad_()
+    (normalized,), _ = spectral_normalize(
+        [weight], [unit], [unit.clone()], update=False, detach_sigma=True, backend=backend
+    )
+    (found,) = torch.autograd.grad(normalized, weight, grad)
+    assert torch.equal(found.isnan(), grad.isnan())
+    assert torch.equal(found.nan_to_num(nan=0), grad.nan_to_num(nan=0))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
@@ -444,10 +461,13 @@ def test_baseline_instructions():
     """The kernels for processors without AVX2 pass the same tests."""
     if os.environ.get("SPECTRAL_EXT_CPU_LEVEL"):
         pytest.skip("this is the run with another level")
-    chosen = "test_forward or test_backward or test_scales or test_zero or threads"
+    chosen = (
+        "forward or backward or scales or zero or threads or every_half or size or nan or rounded"
+    )
     selection = f"({chosen}) and not reference and not triton"
+    files = [__file__, str(Path(__file__).with_name("test_half_outputs.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", __file__, "-k", selection],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *files, "-k", selection],
         env={**os.environ, "SPECTRAL_EXT_CPU_LEVEL": "baseline"},
         capture_output=True,
         text=True,
