@@ -3,15 +3,27 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace spectral_ext::cpu {
+
+#if defined(__x86_64__)
+/// Older compilers do not know this name in __builtin_cpu_supports.
+static bool has_f16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 static const Level& choose() {
 #if defined(__x86_64__)
   const char* wish = std::getenv("SPECTRAL_EXT_CPU_LEVEL");
   const bool lowered = wish != nullptr && std::strcmp(wish, "baseline") == 0;
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (has_avx2 && !lowered) return kAvx2;
 #endif
   return kBaseline;
