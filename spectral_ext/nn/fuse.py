@@ -166,10 +166,9 @@ def fuse(
         and isinstance(found.norm, SpectralNorm)
         and _root_of(found.norm) is model
     ]
-    _leave_groups(norm for _, _, norm in left_out)
+    _leave_groups([*(norm for _, _, norm in left_out), *candidates])
     for layer in left_out:
         _restore(*layer)
-    _leave_groups(candidates)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
     group = SpectralGroup(
         layers,
