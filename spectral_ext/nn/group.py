@@ -376,7 +376,11 @@ class SpectralGroup:
             return self._compute_again()
         plan, tensors = self._gather()
         training = plan.training()
-        results = self._normalize_at_once(plan, training) if self.update == "forward" else None
+        on_trial: dict[int, tuple[Tensor, Tensor]] = {}
+        if plan.hooks:
+            tensors, on_trial = plan.begin_forward(tensors)
+        at_once = self.update == "forward" and not on_trial
+        results = self._normalize_at_once(plan, training) if at_once else None
         if results is not None:
             parts: list[Part] = [(results, range(len(training)))]
             normalized: list[Any] = results.normalized
@@ -390,7 +394,9 @@ class SpectralGroup:
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        return Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+        record = Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+        record.on_trial = on_trial
+        return record
 
     def _compute_again(self) -> Record:
         """Compute as the forward did that is now computed again for its backward."""
@@ -491,8 +497,12 @@ class SpectralGroup:
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
         updates = [mode and self.update != "manual" for mode in plan.training()]
-        # A sharded layer is computed alone where its weight is whole.
-        places = [place for place in range(len(updates)) if place not in plan.sharded]
+        # A sharded layer is computed alone where its weight is whole, and one on trial where its hook runs.
+        places = [
+            place
+            for place, update in enumerate(updates)
+            if place not in plan.sharded and not (update and plan.is_on_trial(place))
+        ]
         parts = self._normalize(plan, tensors, places, updates)
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         return Record({}, tensors.weights, normalized, [], None)
@@ -500,6 +510,12 @@ class SpectralGroup:
     def _gather(self) -> tuple[Plan, UnitTensors]:
         """Return a plan that holds, and the tensors of its units."""
         plan = self._plan
+        if plan is not None and plan.has_trial and self.visible.has_run and not is_traced():
+            plan.has_trial = False
+            if not plan.is_without_bypassed():
+                self._plan = self._other_plan = plan = None
+            elif self._kept is not None:
+                self._kept.renew(plan)
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
             # FSDP exchanges the weights for their shards and back again: one plan for each.

@@ -16,7 +16,8 @@ from ..reference import divisor, weight_matrix
 from ..settings import LayerSettings
 from ..validation import check_weight
 from .dynamic_class import GROUP, is_fused, parametrization_lists
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
+from .hook import stock_hooks
+from .parametrization import SpectralNorm, StockSpectralNorm
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -330,26 +331,25 @@ def _normalized_tensors(model: Module) -> Iterator[tuple[_Place, NormalizedTenso
     made = _iterations_made(model)
     for name, module in model.named_modules():
         prefix, cls = f"{name}." if name else "", _own_class(module)
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, StockHook):
-                weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
-                yield (
-                    (id(module), hook.name),
-                    NormalizedTensor(
-                        prefix + hook.name,
-                        weight,
-                        u,
-                        v,
-                        hook.dim % weight.ndim,
-                        layer_type=cls.__name__,
-                        order="v_first",
-                        n_power_iterations=hook.n_power_iterations,
-                        is_stock=True,
-                    ),
-                )
+        for hook in stock_hooks(module):
+            weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
+            yield (
+                (id(module), hook.name),
+                NormalizedTensor(
+                    prefix + hook.name,
+                    weight,
+                    u,
+                    v,
+                    hook.dim % weight.ndim,
+                    layer_type=cls.__name__,
+                    order="v_first",
+                    n_power_iterations=hook.n_power_iterations,
+                    is_stock=True,
+                ),
+            )
         for tensor_name, list_ in parametrization_lists(module).items():
             norm = list_[0]
-            if isinstance(norm, StockSpectralNorm):
+            if isinstance(norm, StockSpectralNorm) and not getattr(norm, "is_bypassed", False):
                 label = prefix + tensor_name
                 for place, tensor in _of_parametrization(
                     norm, list_.original, module, tensor_name, label
@@ -390,13 +390,19 @@ def _of_parametrization(
 
 
 def _skipped(model: Module) -> dict[str, str]:
-    return {
-        f"{name}.{tensor_name}" if name else tensor_name: "it is stacked on another parametrization"
-        for name, module in model.named_modules()
-        for tensor_name, list_ in parametrization_lists(module).items()
-        if not isinstance(list_[0], StockSpectralNorm)
-        and any(isinstance(p, StockSpectralNorm) for p in list_)
-    }
+    skipped = {}
+    for name, module in model.named_modules():
+        for tensor_name, list_ in parametrization_lists(module).items():
+            label = f"{name}.{tensor_name}" if name else tensor_name
+            if getattr(list_[0], "is_bypassed", False):
+                skipped[label] = (
+                    "another module reads it before normalization; its own is never called"
+                )
+            elif not isinstance(list_[0], StockSpectralNorm) and any(
+                isinstance(p, StockSpectralNorm) for p in list_
+            ):
+                skipped[label] = "it is stacked on another parametrization"
+    return skipped
 
 
 def _own_class(module: Module) -> type[Module]:
