@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .active import Record, active, in_force, lookup
+from .active import Record, active, in_force, is_plain, lookup
 from .hook_keys import read_hook_layout
 
 __all__ = [
@@ -182,8 +182,8 @@ def _tensor_property(tensor_name: str) -> property:
             original = parametrizations._parameters.get("original")
             if original is not None and len(modules) == 1:
                 found = lookup(record, id(modules["0"]), original)
-                if found is not None:
-                    return found
+                if found is not None:  # what a checkpoint reads is noted
+                    return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:
             return parametrizations()
         key = (id(self), tensor_name)
