@@ -152,15 +152,21 @@ class _Active(threading.local):
 active = _Active()
 
 
+# Bound once: every access of every weight asks for them.
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+graph_task = torch._C._current_graph_task_id
+grad_enabled = torch.is_grad_enabled
+
+
 def is_plain(record: Record) -> bool:
     """Return whether no checkpoint can have been opened since a record was put in force.
 
     A reentrant one turns gradients off in its forward. Where they were off before, it is not recomputed.
     """
     return (
-        torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and torch._C._current_graph_task_id() == -1
-        and (torch.is_grad_enabled() or (record.detached and record.below is None))
+        top_hooks(False) is None
+        and graph_task() == -1
+        and (grad_enabled() or (record.detached and record.below is None))
     )
 
 

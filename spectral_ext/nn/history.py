@@ -143,13 +143,15 @@ def open_regions() -> Regions:
     of_hooks = [region for region in map(_region_of_hook, _pack_hooks()) if region is not None]
     last = max((i for i, region in enumerate(of_hooks) if region.token is not None), default=-1)
     replayed = of_hooks[last] if last >= 0 else None
-    node = torch._C._current_autograd_node()
-    if _is_checkpoint(node) and (replayed is None or _is_innermost(node)):
-        replayed = _Region(_notes_of(node, False), torch._C._current_graph_task_id())
+    task = torch._C._current_graph_task_id()
+    if task != -1:
+        node = torch._C._current_autograd_node()
+        if _is_checkpoint(node) and (replayed is None or _is_innermost(node)):
+            replayed = _Region(_notes_of(node, False), task)
     recorded = of_hooks[last + 1 :]
     if not torch.is_grad_enabled():
         recorded += [_Region(_notes_of(ctx, False), None) for ctx in _contexts()]
-    return Regions(replayed, recorded)
+    return Regions(replayed, recorded) if recorded or replayed else NO_REGIONS
 
 
 def _notes_of(holder: Any, complete: bool) -> Notes:
@@ -163,9 +165,10 @@ def _notes_of(holder: Any, complete: bool) -> Notes:
 def _pack_hooks() -> list[Any]:
     """Return the hooks that pack saved tensors, the ones that were put in force first in front."""
     autograd = torch._C._autograd
+    if autograd._top_saved_tensors_default_hooks(False) is None:
+        return []
     if not autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        top = autograd._top_saved_tensors_default_hooks(False)
-        return [] if top is None else [top[0]]
+        return [autograd._top_saved_tensors_default_hooks(False)[0]]  # could not be put back
     found: list[Any] = []
     try:  # only the top can be read
         while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
@@ -216,6 +219,7 @@ def _contexts() -> list[Any]:
     return [ctx for name, ctx in _functions() if name == "forward" and _is_checkpoint(ctx)]
 
 
+_FUNCTIONS = ("forward", "backward", "unpack_hook")
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
@@ -225,10 +229,12 @@ def _functions() -> Iterator[tuple[str, Any]]:
     The innermost comes first. What called the backward that now runs does not matter to it.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _ENGINE:
+    while frame is not None:
         code = frame.f_code
-        if code.co_name in ("forward", "backward", "unpack_hook") and code.co_argcount:
+        if code.co_name in _FUNCTIONS and code.co_argcount:
             name = code.co_varnames[0]
             if name != "self":  # that of a module
                 yield code.co_name, frame.f_locals.get(name)
+        elif code is _ENGINE:
+            return
         frame = frame.f_back  # type: ignore[assignment]

@@ -212,6 +212,8 @@ class SpectralNorm(StockSpectralNorm):
     def _in_checkpoint(self, weight: Tensor, in_force: Tensor | None) -> Tensor:
         """Return the weight that a checkpoint reads, and note its vectors for the recomputation."""
         regions = open_regions()
+        if regions is NO_REGIONS:
+            return self._normalize(weight) if in_force is None else in_force
         record = None if in_force is None else serving(active.record, id(self), weight)
         known = NO_REGIONS if record is None else record.regions
         if record is not None and regions.replayed in (None, known.replayed):
