@@ -27,7 +27,16 @@ from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
-from .active import Record, active, in_force, lookup
+from .active import (
+    Record,
+    active,
+    grad_enabled,
+    graph_task,
+    in_force,
+    is_plain,
+    lookup,
+    top_hooks,
+)
 from .hook_keys import read_hook_layout
 
 __all__ = [
@@ -362,7 +371,10 @@ def _tensor_property(tensor_name: str) -> property:
             if original is not None and len(modules) == 1:
                 found = lookup(record, id(modules["0"]), original)
                 if found is not None:
-                    return found
+                    # As is_plain says, without a call; what a checkpoint reads is noted.
+                    if grad_enabled() and top_hooks(False) is None and graph_task() == -1:
+                        return found
+                    return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:
             return parametrizations()
         refuse_to_trace_what_is_cached()

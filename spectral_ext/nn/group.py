@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists, spectral_norms
-from .history import History
+from .history import NO_REGIONS, Regions, open_regions
 from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
@@ -70,7 +70,6 @@ class SpectralGroup:
         self._last = LastForward()
         self._kept: Kept | None = None
         self._was_captured = False
-        self.history = History()
         if update != "forward":
             watch_optimizers(self)
         self._root: weakref.ref[Module] | None = None
@@ -367,15 +366,19 @@ class SpectralGroup:
     def compute(self) -> Record:
         """Compute all layers."""
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            return self._compute()
+            in_backward = torch._C._current_graph_task_id() != -1
+            return self._compute(open_regions() if in_backward else NO_REGIONS)
+        regions = open_regions()
         with hidden_saves():  # a checkpoint, perhaps: forward and recomputation must save as much
-            return self._compute()
+            return self._compute(regions)
 
-    def _compute(self) -> Record:
-        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
-            return self._compute_again()
+    def _compute(self, regions: Regions) -> Record:
         plan, tensors = self._gather()
         training = plan.training()
+        if regions is NO_REGIONS and not torch.is_grad_enabled() and any(training):
+            regions = open_regions()  # a reentrant checkpoint turns gradients off
+        if regions.replayed is not None:
+            return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         if plan.hooks:
             tensors, on_trial = plan.begin_forward(tensors)
@@ -386,32 +389,59 @@ class SpectralGroup:
             normalized: list[Any] = results.normalized
             if plan.has_gains:
                 normalized = plan.with_gains(normalized)
-            if training[0]:
-                self.history.add(plan.index, results.saved, plan.sizes)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        record = Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+        record = self._record(plan, tensors, normalized, parts, recompute, regions)
         record.on_trial = on_trial
         return record
 
-    def _compute_again(self) -> Record:
+    def _compute_again(self, plan: Plan, tensors: UnitTensors, regions: Regions) -> Record:
         """Compute as the forward did that is now computed again for its backward."""
-        plan, tensors = self._gather()
         weights, us, vs = tensors
-        entry = self.history.find() if any(plan.training()) else None
+        entry = regions.replay(self)
         if entry is not None:
-            pairs = [entry.vectors_at(place) for place in range(len(weights))]
-            us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
-            vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
-        places = list(range(len(weights)))
+            us, vs = list(us), list(vs)
+            for parametrization, place in plan.index.items():
+                us[place], vs[place] = entry.vectors(parametrization) or (us[place], vs[place])
         tensors = UnitTensors(weights, us, vs)
+        places = list(range(len(weights)))
         parts = self._run(plan, tensors, places, [False] * len(places))
         normalized = plan.with_gains(_join_normalized(parts, len(places)))
-        return Record(plan.index, weights, normalized, parts, None, plan.with_gain)
+        return self._record(plan, tensors, normalized, parts, None, regions)
+
+    def _record(
+        self,
+        plan: Plan,
+        tensors: UnitTensors,
+        normalized: list[Tensor | None],
+        parts: list[Part],
+        recompute: Callable[[int], Tensor] | None,
+        regions: Regions,
+    ) -> Record:
+        """Return a record, and note its vectors in the checkpoints that are open."""
+        record = Record(
+            plan.index,
+            tensors.weights,
+            normalized,
+            parts,
+            recompute,
+            plan.with_gain,
+            plan.sizes,
+            regions,
+        )
+        entry = record.entry if regions.recorded else None
+        if entry is not None:
+            regions.note(self, entry)
+        return record
+
+    @property
+    def label(self) -> str:
+        """How messages call the group: by its layers."""
+        return ", ".join(layer.qualified_name for layer in self.layers)
 
     def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
         """Compute one unit again, without update, as autograd sees it."""
@@ -482,13 +512,6 @@ class SpectralGroup:
             normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
-        if any(training) and not traced:
-            saved = [
-                (vectors, [part[i] for i in members])
-                for results, part in parts
-                for vectors, members in results.saved
-            ]
-            self.history.add(plan.index, saved, plan.sizes)
         return normalized, parts
 
     def trace(self) -> Record:

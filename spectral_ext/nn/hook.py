@@ -156,8 +156,6 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
     """Compute a layer alone with the vectors that it has."""
     if is_dynamo_compiling():
-        return norm._normalize(weight, update=False)
+        return norm._compute(weight, False)[0]
     with hidden_saves():
-        if torch._C._current_graph_task_id() != -1:
-            return norm._normalize_again(weight)
-        return norm._normalize(weight, update=False)
+        return norm._compute(weight, False)[0]
