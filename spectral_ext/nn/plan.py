@@ -5,7 +5,6 @@ objects; the group compares their identities on every entry and makes a new plan
 exchanged. Making a plan checks every layer, so that a call that starts is a call that can write.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -202,6 +201,11 @@ class Plan:
             (0, 0) if u is None or v is None else (len(u), len(v))
             for u, v in zip(self._units.us, self._units.vs, strict=True)
         ]
+        # For each unit the names of its layers.
+        self.names = [""] * len(self._leads)
+        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
+            before = f"{self.names[unit]}, " if self.names[unit] else ""
+            self.names[unit] = before + layer.qualified_name
         self._units_of_weight = Counter(id(weight) for weight in columns.weights)
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
@@ -305,7 +309,7 @@ class Plan:
         hooks = self.hooks.get(unit)
         if hooks is None:
             return False
-        for hook in hooks:
+        for hook in hooks:  # noqa: SIM110, Dynamo cannot trace a generator here
             if hook.called:
                 return False
         return True
@@ -406,14 +410,6 @@ class Plan:
         """Where the first unit is; the CPU if there is none."""
         weights = self._units.weights
         return weights[0].device if weights else torch.device("cpu")
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """For each unit the names of its layers."""
-        names = [""] * len(self._leads)
-        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
-            names[unit] += f", {layer.qualified_name}" if names[unit] else layer.qualified_name
-        return names
 
     def training(self) -> list[bool]:
         """Return for each unit whether to update: where a layer of it is in training."""
