@@ -56,7 +56,8 @@ def spectral_normalize(
             ``update``.
         vs: for each weight its right singular vector, of shape ``(weight.numel() // len(u),)``.
         n_power_iterations: steps of the power method, at least 1. With ``tol`` at most so many.
-        eps: smallest divisor of a vector, positive.
+        eps: smallest divisor of a vector, not negative. A value below 2⁻¹²⁶, the smallest normal number
+            of float32, acts as 2⁻¹²⁶: a zero weight stays finite with ``eps=0``, too.
         dims: the dimension that gives a weight's rows: default 0 (1 for ``ConvTranspose`` weights).
         order: ``"u_first"`` gives the numbers of ``torch.nn.utils.parametrizations.spectral_norm``,
             ``"v_first"`` those of ``torch.nn.utils.spectral_norm``.
