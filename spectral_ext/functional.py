@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .backends import select
 from .layout import allocate_vectors
@@ -19,6 +20,7 @@ from .validation import (
     check_lists,
     check_overlap,
     check_weight,
+    refuse_sharded,
 )
 
 __all__ = ["project_", "spectral_normalize"]
@@ -158,6 +160,8 @@ def project_(
 ) -> Tensor:
     """Normalize weights in place: ``W ← c·W/σ``, or ``W ← W / max(1, σ/c)``, all in one native call.
 
+    A weight on a CPU that keeps its bits keeps its version (``Tensor._version``), too.
+
     Not differentiable; weights that require a gradient are written as an optimizer writes them.
 
     Args:
@@ -193,18 +197,34 @@ def project_(
         if kind is None:
             results = normalize_layers(part, *vectors, columns, True, backend)
             found = results.sigmas
-            for weight, normalized in zip(part, results.normalized, strict=True):
-                weight.copy_(normalized)
+            is_changed = _changed(found, columns)
+            for weight, normalized, changed in zip(
+                part, results.normalized, is_changed, strict=True
+            ):
+                if changed:
+                    weight.copy_(normalized)
         else:
             saved, found = allocate_vectors(part, columns.dims)
             unwanted = saved.new_empty(0)
+            outputs = [w.data for w in part]  # their versions are not those of the weights
             chosen[kind].forward_(
-                part, *vectors, part, saved, found, unwanted, *columns.of_forward(True)
+                part, *vectors, outputs, saved, found, unwanted, *columns.of_forward(True)
             )
-            torch.autograd.graph.increment_version([w for w in part if not w.is_inference()])
+            written = [
+                w for w, changed in zip(part, _changed(found, columns), strict=True) if changed
+            ]
+            torch.autograd.graph.increment_version([w for w in written if not w.is_inference()])
         for place, i in enumerate(members):
             sigmas[i] = found[place]
     return join(sigmas)
+
+
+def _changed(sigmas: Tensor, settings: Settings) -> list[bool]:
+    """Return which weights a projection has changed; all of them where reading σ would wait."""
+    if sigmas.device.type != "cpu" or type(sigmas) is not Tensor or is_compiling():
+        return [True] * len(settings.soft)
+    rows = zip(sigmas.tolist(), settings.soft, settings.scales, strict=True)
+    return [not (soft and sigma <= bound) for sigma, soft, bound in rows]
 
 
 def _checked(
@@ -246,6 +266,7 @@ def _checked(
         name = f"weights[{i}]"
         layer = LayerSettings(*values)
         layer.check(name)
+        refuse_sharded(name, weight)
         layer = layer._replace(dim=check_weight(name, weight, layer.dim))
         rows.append(layer)
         if weight.ndim == 1 and layer.order == "u_first" and layer.blocks == 1:

@@ -25,6 +25,7 @@ __all__ = [
     "check_settings",
     "check_target",
     "check_weight",
+    "refuse_sharded",
 ]
 
 
@@ -142,6 +143,15 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
     if weight.numel() == 0:
         raise ValueError(f"{name}: the weight has no elements, its shape is {tuple(weight.shape)}")
     return int(dim) % weight.ndim
+
+
+def refuse_sharded(name: str, weight: Tensor) -> None:
+    """Raise TypeError if the weight of layer ``name`` is a ``DTensor``, of FSDP2 or tensor parallelism."""
+    if hasattr(weight, "to_local"):
+        raise TypeError(
+            f"{name}: the weight is a DTensor, as FSDP2 and tensor parallelism make it, and its parts "
+            "are on several ranks; put spectral_norm on the layer before fully_shard instead"
+        )
 
 
 def check_layer(
