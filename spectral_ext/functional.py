@@ -14,6 +14,7 @@ from .normalization import Results, join, kind_of, normalize_layers, with_gain
 from .reference import Order
 from .settings import LayerSettings, Settings
 from .validation import (
+    check_bool,
     check_convergence,
     check_gain,
     check_layer,
@@ -118,6 +119,7 @@ def spectral_normalize(
             check_gain(f"weights[{i}]", factor, weight, settings.dims[i])
             if factor is not None and (settings.scales[i] != 1 or settings.soft[i]):
                 raise ValueError(f"weights[{i}]: gain and scale or bound exclude each other")
+    check_bool("spectral_normalize", "update", update)
     if convergence is not None:
         check_convergence(convergence, len(weights))
     if dtype not in (None, torch.bfloat16, torch.float16):

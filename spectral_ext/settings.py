@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from .reference import Order
 from .validation import check_blocks, check_settings, check_target
 
-__all__ = ["LayerSettings", "Settings"]
+__all__ = ["LEAST_EPS", "LayerSettings", "Settings"]
 
 
 # The smallest eps of the kernels: a smaller one is zero in float32, and a zero vector over it NaN.
-_LEAST_EPS = 2.0**-126
+LEAST_EPS = 2.0**-126
 
 
 class LayerSettings(NamedTuple):
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
         return cls(
             [int(layer.dim) for layer in layers],
             [int(layer.n_power_iterations) for layer in layers],
-            [max(float(layer.eps), _LEAST_EPS) for layer in layers],
+            [max(float(layer.eps), LEAST_EPS) for layer in layers],
             [layer.order == "v_first" for layer in layers],
             [float(layer.tol) for layer in layers],
             [float(target) for target in targets],

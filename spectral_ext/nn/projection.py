@@ -22,7 +22,7 @@ from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .parametrization import Init, check_backend, default_dim
 from .register import check_choices, iterations_of
-from .select import Selector, check_selector, is_selected
+from .select import Selector, check_name, check_selector, checked_types, is_selected
 
 __all__ = ["SpectralProjection", "project_"]
 
@@ -131,8 +131,8 @@ class SpectralProjection:
         if isinstance(weights, Module):
             check_selector("include", include)
             check_selector("exclude", exclude)
-            types = (types,) if isinstance(types, type) else tuple(types)
-            found = _of_model(weights, types, include, exclude, name, self.skipped)
+            check_name(name)
+            found = _of_model(weights, checked_types(types), include, exclude, name, self.skipped)
         elif (types, include, exclude, name) != (LAYER_TYPES, None, None, "weight"):
             raise ValueError(f"{label}: types, include, exclude and name are for a model")
         else:
@@ -332,6 +332,11 @@ def _of_model(
 ) -> Iterator[_Found]:
     """Yield the selected weights of a model; say in ``skipped`` why others were not."""
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{module_name or 'the model'}: torch.jit has compiled this module and hides its "
+                "layers; pass model.named_parameters() instead"
+            )
         weight = module._parameters.get(name)
         # A hook leaves its result among the plain attributes.
         is_computed = name in parametrization_lists(module) or isinstance(

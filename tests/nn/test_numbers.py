@@ -7,7 +7,7 @@ import pytest
 import stock
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 import spectral_ext
 from spectral_ext import functional, fuse
@@ -124,3 +124,64 @@ def test_stock_layers_with_eps_0_are_fused(order):
     fuse(found)
     for _ in range(3):
         torch.testing.assert_close(found(x), expected(x))
+
+
+def test_numpy_settings_of_an_operator_norm():
+    x = torch.randn(1, 2, 8, 8)
+    outputs = []
+    for integer, real in ((np.int64, np.float32), (int, float)):
+        torch.manual_seed(0)
+        layer = spectral_ext.nn.operator_norm(
+            nn.Conv2d(2, 3, 3),
+            input_size=(integer(8), 8),
+            n_power_iterations=integer(2),
+            eps=real(0),
+            scale=real(2),
+        )
+        outputs.append(layer(x))
+    torch.testing.assert_close(*outputs)
+    layer.parametrizations.weight.original.data.zero_()
+    assert not layer.weight.any() and all(b.isfinite().all() for b in layer.buffers())
+
+
+REFUSED = {
+    "n_power_iterations": ["2", 2.0, True, np.float64(2)],
+    "eps": ["small", True, None],
+    "dim": ["0", True, 0.0],
+    "tol": ["small", True],
+    "scale": ["2", True],
+    "bound": ["2", True],
+    "blocks": ["2", True, 1.0],
+    "detach_sigma": ["no", 1],
+    "per_group": ["no", 1],
+    "name": [3],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
+)
+def test_other_types_are_refused_by_name(name, value):
+    layer = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=name):
+        spectral_ext.spectral_norm(layer, **{name: value})
+    assert not parametrize.is_parametrized(layer)
+
+
+@pytest.mark.parametrize("value", ["3", True, 3.0])
+def test_max_power_iterations_of_another_type_is_refused_by_name(value):
+    with pytest.raises(TypeError, match="max_power_iterations must be an int"):
+        spectral_ext.spectral_norm(nn.Linear(4, 4), tol=1e-2, max_power_iterations=value)
+
+
+def test_update_of_another_type_is_refused_by_name():
+    with pytest.raises(TypeError, match="update must be a bool"):
+        functional.spectral_normalize([torch.eye(3)], [torch.ones(3)], [torch.ones(3)], update="no")
+
+
+def test_float8_is_refused_by_its_name():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    for call in (spectral_ext.spectral_norm, spectral_ext.SpectralProjection):
+        with pytest.raises(TypeError, match=r"float8_e4m3fn weights are not supported; convert"):
+            call(layer)

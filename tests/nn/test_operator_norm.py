@@ -257,7 +257,7 @@ def test_the_settings_are_read_from_the_module():
 def test_repr_shows_the_input_size_and_what_is_not_the_default():
     module = normalized("conv2d", scale=0.5, n_power_iterations=2)
     assert "OperatorNorm(input_size=(7, 6), n_power_iterations=2, scale=0.5)" in repr(module)
-    assert "OperatorNorm(input_size=(6,), eps=1e-06, bound=2)" in repr(
+    assert "OperatorNorm(input_size=(6,), eps=1e-06, bound=2.0)" in repr(
         normalized(eps=1e-6, bound=2)
     )
 
