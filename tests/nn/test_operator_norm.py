@@ -279,7 +279,7 @@ BAD = {
     "size text": (lambda: nn.Conv1d(2, 3, 3), {"input_size": "6"}, TypeError, "weight: input_size"),
     "size bool": (lambda: nn.Conv1d(2, 3, 3), {"input_size": True}, TypeError, "weight: input_size"),
     "small": (lambda: nn.Conv1d(2, 3, 3), {"input_size": 2}, ValueError, "weight: the kernel"),
-    "eps": (lambda: nn.Conv1d(2, 3, 3), {"eps": 0.0}, ValueError, "eps"),
+    "eps": (lambda: nn.Conv1d(2, 3, 3), {"eps": -1.0}, ValueError, "eps"),
     "steps": (lambda: nn.Conv1d(2, 3, 3), {"n_power_iterations": 0}, ValueError, "Conv1d.weight"),
     "scale": (lambda: nn.Conv1d(2, 3, 3), {"scale": 0}, ValueError, "weight: scale must"),
     "scale text": (lambda: nn.Conv1d(2, 3, 3), {"scale": "1"}, TypeError, "weight: scale must"),
