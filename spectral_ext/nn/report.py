@@ -418,6 +418,7 @@ def _largest_singular_value(matrix: Tensor) -> Tensor:
 
 
 def _finite(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # NumPy's numbers
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

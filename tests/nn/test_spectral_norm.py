@@ -165,7 +165,7 @@ BAD = {
     "dim too large": (lambda: nn.Linear(3, 2), {"dim": 2}, IndexError),
     "dim too large, as a ValueError": (lambda: nn.Linear(3, 2), {"dim": -3}, ValueError),
     "dim no integer": (lambda: nn.Linear(3, 2), {"dim": 1.0}, TypeError),
-    "eps zero": (lambda: nn.Linear(3, 2), {"eps": 0.0}, ValueError),
+    "eps negative": (lambda: nn.Linear(3, 2), {"eps": -1e-12}, ValueError),
     "eps NaN": (lambda: nn.Linear(3, 2), {"eps": float("nan")}, ValueError),
     "no iterations": (lambda: nn.Linear(3, 2), {"n_power_iterations": 0}, ValueError),
     "half an iteration": (lambda: nn.Linear(3, 2), {"n_power_iterations": 0.5}, TypeError),
