@@ -25,6 +25,9 @@ class Client:
 
 
 CLIENTS = {
+    "audiocraft": Client(("audiocraft==1.3.0",)),
+    "basicsr": Client(("basicsr==1.4.2",), isolated=False),  # an isolated build installs torch
+    "coqui-tts": Client(("coqui-tts==0.28.0",)),
     "deel-torchlip": Client(("deel-torchlip==1.0.5",)),
     "dgmr": Client(
         ("dgmr==1.4.4", "pytorch-msssim==1.0.0"),
@@ -32,6 +35,11 @@ CLIENTS = {
         native=True,
     ),
     "espnet": Client(("espnet==202511",)),
+    "miles-credit": Client(
+        ("miles-credit==2026.2.0", "timm==1.0.22"),
+        ("huggingface-hub", "pyyaml", "safetensors", "torchvision"),
+        native=True,
+    ),
     "normflows": Client(("normflows==1.7.3",)),
     "parallel-wavegan": Client(("parallel-wavegan==0.6.1",), isolated=False),  # imports pip
     "pytorch-pretrained-biggan": Client(
