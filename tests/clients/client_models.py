@@ -6,6 +6,7 @@ A builder imports its package itself, since a package may be absent.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import prepare
 import torch
 from parts import part
 from torch import Tensor, nn
@@ -100,10 +101,8 @@ def miles_credit() -> nn.Module:
 
 
 def parallel_wavegan() -> nn.Module:
-    """The same by the package that it comes from, which wants a name where scipy had it until 2024."""
-    import scipy.signal
-
-    scipy.signal.kaiser = scipy.signal.windows.kaiser
+    """The same by the package that it comes from."""
+    prepare.parallel_wavegan()
     from parallel_wavegan.models import HiFiGANMultiScaleDiscriminator
 
     return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)
