@@ -47,7 +47,9 @@ def build(client: Model) -> nn.Module:
     torch.set_default_dtype(torch.float64)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the packages' own, and that torch's hooks are deprecated
+            warnings.simplefilter(
+                "ignore"
+            )  # the packages' own, and that torch's hooks are deprecated
             return client.build().double()
     finally:
         torch.set_default_dtype(torch.float32)
