@@ -3,7 +3,6 @@
 `python tests/clients/install.py` installs the packages; one that is absent is skipped with pip's word.
 """
 
-import json
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from client_models import MODELS, Model, audiocraft
-from clients import CLIENTS
-from install import FIXED, REPORT, is_there, pip
-from packaging.requirements import Requirement
+from install import FIXED, pip
+from required import require
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -22,17 +20,6 @@ import spectral_ext
 STEPS = 5
 # What rounding becomes in so many steps, relative to the largest entry.
 RTOL = 1e-9
-
-
-def require(name: str) -> None:
-    """Skip unless a package is there, and say why it is not."""
-    failures = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    if name in failures:
-        pytest.skip(f"{name} could not be installed: {failures[name]}")
-    wanted = CLIENTS[name].alone + CLIENTS[name].whole
-    missing = [r for r in wanted if not is_there(Requirement(r))]
-    if missing:
-        pytest.skip(f"{name}: no {', '.join(missing)} here; python tests/clients/install.py")
 
 
 @pytest.fixture(params=MODELS)
