@@ -46,6 +46,7 @@ class Record:
         "finish",
         "index",
         "normalized",
+        "on_trial",
         "parts",
         "recompute",
         "sharded",
@@ -70,6 +71,8 @@ class Record:
         self.finish = finish
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
+        # The vectors of layers whose hooks have not run yet, by place; their own have not advanced.
+        self.on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         self.sharded: dict[int, ShardedUnit] = {}
         for results, part in parts:
             if isinstance(results, ShardedResults):
@@ -110,6 +113,8 @@ class Visible:
 
     def __init__(self) -> None:
         self.record: Record | None = None
+        # Whether a forward of the model has come to its end.
+        self.has_run = False
 
 
 class _Active(threading.local):

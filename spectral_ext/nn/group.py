@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -271,16 +271,20 @@ class SpectralGroup:
         root.__dict__[GROUP] = group
         return group
 
-    def release(self, parametrization: SpectralNorm) -> None:
-        """Give a layer away; it is computed alone, or by another group."""
-        self._layers = [x for x in self._layers if x.parametrization is not parametrization]
-        for name, vector in parametrization._buffers.items():
-            others = (layer.parametrization._buffers.get(name) for layer in self._layers)
-            if vector is not None and any(other is vector for other in others):  # tied weights
-                parametrization._buffers[name] = vector.clone()
+    def release(self, parametrizations: Iterable[SpectralNorm]) -> None:
+        """Give layers away; each is computed alone, or by another group."""
+        given = {id(p): p for p in parametrizations}
+        self._layers = [x for x in self._layers if id(x.parametrization) not in given]
+        rest = [x.parametrization for x in self._layers]
+        taken = {id(vector) for p in rest for vector in p._buffers.values()}
+        for parametrization in given.values():
+            for name, vector in parametrization._buffers.items():
+                if vector is not None and id(vector) in taken:  # tied weights
+                    parametrization._buffers[name] = vector = vector.clone()
+                taken.add(id(vector))
+            for name in IN_GROUP:
+                parametrization.__dict__.pop(name, None)
         self.invalidate()
-        for name in IN_GROUP:
-            parametrization.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -320,7 +324,11 @@ class SpectralGroup:
             return self._compute_again()
         plan, tensors = self._gather()
         training = plan.training()
-        results = self._normalize_at_once(plan, training) if self.update == "forward" else None
+        on_trial: dict[int, tuple[Tensor, Tensor]] = {}
+        if plan.hooks:
+            tensors, on_trial = plan.begin_forward(tensors)
+        at_once = self.update == "forward" and not on_trial
+        results = self._normalize_at_once(plan, training) if at_once else None
         if results is not None:
             parts: list[Part] = [(results, range(len(training)))]
             normalized: list[Any] = results.normalized
@@ -334,7 +342,11 @@ class SpectralGroup:
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        return Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+        record = Record(
+            plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain
+        )
+        record.on_trial = on_trial
+        return record
 
     def _compute_again(self) -> Record:
         """Compute as the forward did that is now computed again for its backward."""
@@ -416,8 +428,12 @@ class SpectralGroup:
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
         updates = [mode and self.update != "manual" for mode in plan.training()]
-        # A sharded layer is computed alone where its weight is whole.
-        places = [place for place in range(len(updates)) if place not in plan.sharded]
+        # A sharded layer is computed alone where its weight is whole, and one on trial where its hook runs.
+        places = [
+            place
+            for place, update in enumerate(updates)
+            if place not in plan.sharded and not (update and plan.is_on_trial(place))
+        ]
         parts = self._normalize(plan, tensors, places, updates)
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         return Record({}, tensors.weights, normalized, [], None)
@@ -425,6 +441,12 @@ class SpectralGroup:
     def _gather(self) -> tuple[Plan, UnitTensors]:
         """Return a plan that holds, and the tensors of its units."""
         plan = self._plan
+        if plan is not None and plan.has_trial and self.visible.has_run and not is_traced():
+            plan.has_trial = False
+            if not plan.is_without_bypassed():
+                self._plan = self._other_plan = plan = None
+            elif self._kept is not None:
+                self._kept.renew(plan)
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
             # FSDP exchanges the weights for their shards and back again: one plan for each.

@@ -34,6 +34,7 @@ __all__ = [
     "IN_GROUP",
     "Gain",
     "Init",
+    "LastWeight",
     "Origin",
     "SpectralNorm",
     "StockHook",
@@ -53,8 +54,15 @@ GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
-_NOT_COPIED = (*IN_GROUP, "_history", "_start_from")
+_NOT_COPIED = (*IN_GROUP, "_history", "_last_weight", "_start_from")
 _SETTINGS = {*LayerSettings._fields, "backend"}
+
+
+class LastWeight:
+    """The weight of the last call of a module that came with PyTorch's hook."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
 
 
 class SpectralNorm(StockSpectralNorm):
@@ -98,6 +106,9 @@ class SpectralNorm(StockSpectralNorm):
     _place: int = -1
     _group: "weakref.ref[SpectralGroup] | None" = None
     _history: History | None = None
+    # Of a layer that came with PyTorch's hook: the hook (hook.py), and what it has kept.
+    _hook: Any = None
+    _last_weight: LastWeight | None = None
     # While a checkpoint is loaded that has a weight and no vectors: where the weight is.
     _start_from: ParametrizationList | None = None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend
@@ -74,9 +75,21 @@ class Layer:
     def is_direct(self) -> bool:
         """Return whether its weight is at hand, and is not made by a hook before the parametrization.
 
-        Such a hook is what ``torch.nn.utils.prune`` puts on the original of a parametrized weight.
+        Such a hook is what ``torch.nn.utils.prune`` puts on the original of a parametrized weight. A
+        parametrization of the original makes the weight anew for each access.
         """
-        return not parametrization_lists(self.module)[self.tensor_name]._forward_pre_hooks
+        list_ = parametrization_lists(self.module)[self.tensor_name]
+        if parametrize.is_parametrized(list_, "original") or self.is_bypassed():
+            return False
+        return not list_._forward_pre_hooks
+
+    def is_bypassed(self) -> bool:
+        """Return whether a forward of the model has run and did not call the module, with PyTorch's hook.
+
+        Its weight is not normalized: another module reads it as it is.
+        """
+        hook, visible = self.parametrization._hook, self.parametrization._visible
+        return hook is not None and not hook.called and visible is not None and visible.has_run
 
     def is_alone(self) -> bool:
         """Return whether no other parametrization is stacked on this one."""
@@ -172,6 +185,18 @@ class Plan:
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
         self.has_gains = any(p.learned_gain is not None for p in leads)
+        # For each unit whose layers all came with PyTorch's hook, the hooks.
+        self.hooks: dict[int, list[Any]] = {}
+        others = set()
+        for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True):
+            if p._hook is None:
+                others.add(unit)
+            else:
+                self.hooks.setdefault(unit, []).append(p._hook)
+        self._hooked = [p for p in self._parametrizations if p._hook is not None]
+        for unit in others:
+            self.hooks.pop(unit, None)
+        self.has_trial = any(map(self.is_on_trial, self.hooks))
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
             place
@@ -191,6 +216,12 @@ class Plan:
         places += [  # until what was taken from them is a parameter again
             (parametrization_lists(layer.module)[layer.tensor_name]._parameters, "original", None)
             for layer in indirect
+            if not layer.is_bypassed()
+        ]
+        places += [  # until their modules are called
+            (layer.parametrization._hook.__dict__, "called", False)
+            for layer in indirect
+            if layer.is_bypassed()
         ]
         self._places: tuple[tuple[Any, ...], ...] = tuple(zip(*places, strict=True))
 
@@ -237,6 +268,41 @@ class Plan:
             if not all(map(is_, map(dict.get, dictionaries, names), found)):
                 return None
         return self._units
+
+    def is_on_trial(self, unit: int) -> bool:
+        """Return whether the modules of a unit have PyTorch's hook, and none of them was called yet."""
+        hooks = self.hooks.get(unit)
+        if hooks is None:
+            return False
+        for hook in hooks:
+            if hook.called:
+                return False
+        return True
+
+    def is_without_bypassed(self) -> bool:
+        """Return whether the plan has no layer that the group does not compute any more."""
+        return not any(layer.is_bypassed() for layer in self.layers)
+
+    def begin_forward(
+        self, tensors: UnitTensors
+    ) -> tuple[UnitTensors, dict[int, tuple[Tensor, Tensor]]]:
+        """Let the layers forget the weights of their last calls; return copies of vectors on trial.
+
+        Returns:
+            The tensors to compute with, and by unit the copies of ``u`` and ``v`` that are among them.
+        """
+        for norm in self._hooked:
+            if norm._hook.called:
+                norm.__dict__["_last_weight"] = None
+        if not self.has_trial:
+            return tensors, {}
+        weights, us, vs = tensors.weights, list(tensors.us), list(tensors.vs)
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        for unit in filter(self.is_on_trial, self.hooks):
+            u, v = us[unit], vs[unit]
+            assert u is not None and v is not None
+            copies[unit] = us[unit], vs[unit] = u.detach().clone(), v.detach().clone()
+        return UnitTensors(weights, us, vs), copies
 
     def is_of_the_same(self, other: "Plan | None") -> bool:
         """Return whether another plan has the same units, whose weights FSDP has exchanged."""

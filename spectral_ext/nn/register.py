@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..reference import Order
 from ..settings import LayerSettings
-from .dynamic_class import own_class, parametrization_lists
+from .dynamic_class import parametrization_lists, register
 from .operator_norm import operator_norm
 from .parametrization import (
     GAINS,
@@ -203,8 +203,7 @@ def normalize_parameter(
     # Stock's consistency check calls the parametrization, which iterates in training; its hook
     # has no such check.
     unsafe = settings.order == "v_first"
-    parametrize.register_parametrization(module, name, parametrization, unsafe=unsafe)
-    own_class(module)
+    register(module, name, parametrization, unsafe=unsafe)
 
 
 def check_choices(label: str, settings: LayerSettings, gain: Gain | None, init: Init) -> None:

@@ -16,7 +16,8 @@ from ..reference import divisor, weight_matrix
 from ..settings import LayerSettings
 from ..validation import check_weight
 from .dynamic_class import GROUP, is_fused, parametrization_lists
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
+from .hook import stock_hooks
+from .parametrization import SpectralNorm, StockSpectralNorm
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -330,23 +331,22 @@ def _normalized_tensors(model: Module) -> Iterator[tuple[_Place, NormalizedTenso
     made = _iterations_made(model)
     for name, module in model.named_modules():
         prefix, cls = f"{name}." if name else "", _own_class(module)
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, StockHook):
-                weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
-                yield (
-                    (id(module), hook.name),
-                    NormalizedTensor(
-                        prefix + hook.name,
-                        weight,
-                        u,
-                        v,
-                        hook.dim % weight.ndim,
-                        layer_type=cls.__name__,
-                        order="v_first",
-                        n_power_iterations=hook.n_power_iterations,
-                        is_stock=True,
-                    ),
-                )
+        for hook in stock_hooks(module):
+            weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
+            yield (
+                (id(module), hook.name),
+                NormalizedTensor(
+                    prefix + hook.name,
+                    weight,
+                    u,
+                    v,
+                    hook.dim % weight.ndim,
+                    layer_type=cls.__name__,
+                    order="v_first",
+                    n_power_iterations=hook.n_power_iterations,
+                    is_stock=True,
+                ),
+            )
         for tensor_name, list_ in parametrization_lists(module).items():
             norm = list_[0]
             if isinstance(norm, StockSpectralNorm):

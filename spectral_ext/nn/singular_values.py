@@ -15,6 +15,7 @@ from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .evaluation import in_evaluation
 from .operator_norm import OperatorNorm
+from .hook import stock_hooks
 from .parametrization import StockHook, StockSpectralNorm, default_dim
 
 __all__ = ["singular_values"]
@@ -87,8 +88,7 @@ def _weights(
 
 
 def _hooks(module: Module) -> dict[str, StockHook]:
-    hooks = module._forward_pre_hooks.values()
-    return {hook.name: hook for hook in hooks if isinstance(hook, StockHook)}
+    return {hook.name: hook for hook in stock_hooks(module)}
 
 
 def _tensor_names(module: Module) -> list[str]:
