@@ -71,7 +71,7 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
             iterated. The message names the layer.
     """
     _check(model)
-    raw = _find_bypassed(model)
+    raw, doubtful = _find_bypassed(model)
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy.deepcopy(model, _results_of_hooks(model))
@@ -79,6 +79,8 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
         values = _values_in_evaluation(model, tensors)
         for place in raw:
             values[place] = tensors[place].originals[0]
+        for place, name in doubtful.items():
+            _warn_if_not_iterated(tensors[place], name)
         # Nothing below raises.
         for root in model.modules():
             if GROUP in root.__dict__:
@@ -182,12 +184,15 @@ def _find(model: Module) -> Iterator[_Normalized]:
                 yield _Normalized(module, name, None)
 
 
-def _find_bypassed(model: Module) -> list[int]:
-    """Return the places of the tensors that their model uses as they are, before normalization."""
+def _find_bypassed(model: Module) -> tuple[list[int], dict[int, str]]:
+    """Return the places of tensors that the model uses without their norm, and of those that it may.
+
+    The latter with the names of their modules.
+    """
     tensors = list(_find(model))
     called = [tensor.was_called for tensor in tensors]
     names = {module: name for name, module in model.named_modules()}
-    raw = []
+    raw, doubtful = [], {}
     for place, tensor in enumerate(tensors):
         if called[place] is not False:
             continue
@@ -197,8 +202,8 @@ def _find_bypassed(model: Module) -> list[int]:
         elif _is_read_by_attention(model, name):
             raw.append(place)
         else:
-            _warn_if_not_iterated(tensor, name)
-    return raw
+            doubtful[place] = name
+    return raw, doubtful
 
 
 def _has_run_around(

@@ -118,7 +118,7 @@ def restore_hook(module: Module, name: str, norm: SpectralNorm) -> None:
     """Take the parametrization off and put PyTorch's hook on."""
     ours = norm._hook
     with torch.no_grad():
-        attribute = None if ours is None else ours.read(module)
+        attribute = None if ours is None else ours.read(module).detach()
     weight = take_off(module, name)
     module.register_parameter(f"{name}_orig", cast(Parameter, weight))
     for suffix in ("_u", "_v"):
