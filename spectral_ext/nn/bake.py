@@ -24,7 +24,7 @@ from .dynamic_class import (
 from .evaluation import in_evaluation
 from .group import group_of
 from .hook import GroupHook, stock_hooks
-from .hook_layout import is_raw, remove_hook
+from .hook_layout import remove_hook, was_called
 from .operator_norm import OperatorNorm
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
 from .register import LazyNorm
@@ -126,17 +126,17 @@ class _Normalized:
     def was_called(self) -> bool | None:
         """Whether the hook has run; None for a tensor that has never had PyTorch's hook."""
         if self.hook:
-            return not is_raw(self.module, self.hook)
+            return was_called(self.module, self.hook)
         norm = parametrization_lists(self.module)[self.name][0]
         if not isinstance(norm, SpectralNorm) or norm._hook is None:
             return None
-        return norm._hook.called or norm._last_weight is not None
+        return not norm.is_bypassed and (norm._hook.called or norm._last_weight is not None)
 
     @property
     def is_bypassed(self) -> bool:
         """Whether it is known that forwards do not call the module."""
         norms = parametrization_lists(self.module).get(self.name, ())
-        return any(norm._visible and norm._visible.has_run for norm in norms)
+        return any(isinstance(norm, SpectralNorm) and norm.is_bypassed for norm in norms)
 
     def value(self) -> Tensor:
         """Return the tensor as it is now."""

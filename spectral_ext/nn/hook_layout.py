@@ -11,9 +11,9 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, Spect
 
 from .dynamic_class import parametrization_lists, take_off
 from .hook import GroupHook
-from .parametrization import LastWeight, SpectralNorm, StockHook, stock_hook
+from .parametrization import LastWeight, SpectralNorm, StockHook
 
-__all__ = ["as_parametrization", "is_raw", "remove_hook", "replace_hook", "restore_hook"]
+__all__ = ["as_parametrization", "remove_hook", "replace_hook", "restore_hook", "was_called"]
 
 
 def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
@@ -40,7 +40,7 @@ def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:
         name + suffix: _names_after(_home(module, suffix), name + suffix) for suffix in _SUFFIXES
     }
     ours = norm.__dict__["_hook"] = GroupHook(hook)
-    norm.__dict__["_last_weight"] = _last_weight(module, name)
+    norm.__dict__["_last_weight"] = _last_weight(module, hook)
     hooks = module._forward_pre_hooks
     hooks[next(key for key, other in hooks.items() if other is hook)] = ours
     weight = remove_hook(module, hook)
@@ -67,32 +67,34 @@ def is_from_hook(list_: parametrize.ParametrizationList) -> bool:
     return getattr(list_._modules.get("0"), "_hook", None) is not None
 
 
-def is_raw(module: Module, hook: StockHook) -> bool:
-    """Return whether the attribute that a hook sets still is the weight before normalization.
+def was_called(module: Module, hook: StockHook) -> bool:
+    """Return whether the attribute that a hook sets in its module comes from a call of the hook.
 
-    It is a tensor of the weight's memory until the first call, or of other memory if the weight was moved
-    to another device or dtype.
+    Until the first call it is the weight before normalization: in the same memory, or in other memory if the
+    module was copied or moved since. What a call leaves has σ = 1 with the ``u`` and ``v`` of that call.
     """
     attribute, weight = module.__dict__.get(hook.name), module._parameters[f"{hook.name}_orig"]
-    if not isinstance(attribute, Tensor) or weight is None:
-        return True
-    if attribute.grad_fn is not None:
+    u, v = (module._buffers[hook.name + suffix] for suffix in ("_u", "_v"))
+    if not isinstance(attribute, Tensor) or weight is None or u is None or v is None:
         return False
-    if (attribute.shape, attribute.dtype, attribute.device) != (
-        weight.shape,
-        weight.dtype,
-        weight.device,
-    ):
+    if attribute.grad_fn is not None:
         return True
-    return torch._C._is_alias_of(attribute, weight)
+    if attribute.shape != weight.shape or attribute.is_meta or u.is_meta:
+        return False
+    if torch._C._is_alias_of(attribute, weight):
+        return False
+    with torch.no_grad():
+        matrix = hook.reshape_weight_to_matrix(attribute.to(u.device, u.dtype))
+        return abs(torch.dot(u, torch.mv(matrix, v)).item() - 1) < 0.01
 
 
-def _last_weight(module: Module, name: str) -> LastWeight | None:
+def _last_weight(module: Module, hook: StockHook) -> LastWeight | None:
     """Return the weight that a hook has left in its module, if it was ever called."""
-    hook = stock_hook(module, name)
-    if hook is None or is_raw(module, hook):
+    if not was_called(module, hook):
         return None
-    return LastWeight(module.__dict__[name])
+    attribute, weight = module.__dict__[hook.name], module._parameters[f"{hook.name}_orig"]
+    fits = (attribute.dtype, attribute.device) == (weight.dtype, weight.device)  # type: ignore[union-attr]
+    return LastWeight(attribute) if fits else None
 
 
 def remove_hook(module: Module, hook: StockHook) -> Tensor:

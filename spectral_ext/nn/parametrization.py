@@ -279,6 +279,15 @@ class SpectralNorm(StockSpectralNorm):
         return "_u" not in self._buffers
 
     @property
+    def is_bypassed(self) -> bool:
+        """Whether the layer came with PyTorch's hook, and a forward of the fused model did not call it.
+
+        Another module reads its weight, which then is not normalized.
+        """
+        hook, visible = self._hook, self._visible
+        return hook is not None and not hook.called and visible is not None and visible.has_run
+
+    @property
     def learned_gain(self) -> torch.nn.Parameter | None:
         """γ of ``γ·W/σ``, the parameter ``gain``, if there is one."""
         return self._parameters.get("gain")

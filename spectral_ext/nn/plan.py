@@ -79,17 +79,9 @@ class Layer:
         parametrization of the original makes the weight anew for each access.
         """
         list_ = parametrization_lists(self.module)[self.tensor_name]
-        if parametrize.is_parametrized(list_, "original") or self.is_bypassed():
+        if parametrize.is_parametrized(list_, "original") or self.parametrization.is_bypassed:
             return False
         return not list_._forward_pre_hooks
-
-    def is_bypassed(self) -> bool:
-        """Return whether a forward of the model has run and did not call the module, with PyTorch's hook.
-
-        Its weight is not normalized: another module reads it as it is.
-        """
-        hook, visible = self.parametrization._hook, self.parametrization._visible
-        return hook is not None and not hook.called and visible is not None and visible.has_run
 
     def is_alone(self) -> bool:
         """Return whether no other parametrization is stacked on this one."""
@@ -216,12 +208,12 @@ class Plan:
         places += [  # until what was taken from them is a parameter again
             (parametrization_lists(layer.module)[layer.tensor_name]._parameters, "original", None)
             for layer in indirect
-            if not layer.is_bypassed()
+            if not layer.parametrization.is_bypassed
         ]
         places += [  # until their modules are called
             (layer.parametrization._hook.__dict__, "called", False)
             for layer in indirect
-            if layer.is_bypassed()
+            if layer.parametrization.is_bypassed
         ]
         self._places: tuple[tuple[Any, ...], ...] = tuple(zip(*places, strict=True))
 
@@ -281,7 +273,7 @@ class Plan:
 
     def is_without_bypassed(self) -> bool:
         """Return whether the plan has no layer that the group does not compute any more."""
-        return not any(layer.is_bypassed() for layer in self.layers)
+        return not any(p.is_bypassed for p in self._parametrizations)
 
     def begin_forward(
         self, tensors: UnitTensors

@@ -349,7 +349,7 @@ def _normalized_tensors(model: Module) -> Iterator[tuple[_Place, NormalizedTenso
             )
         for tensor_name, list_ in parametrization_lists(module).items():
             norm = list_[0]
-            if isinstance(norm, StockSpectralNorm):
+            if isinstance(norm, StockSpectralNorm) and not getattr(norm, "is_bypassed", False):
                 label = prefix + tensor_name
                 for place, tensor in _of_parametrization(
                     norm, list_.original, module, tensor_name, label
@@ -390,13 +390,17 @@ def _of_parametrization(
 
 
 def _skipped(model: Module) -> dict[str, str]:
-    return {
-        f"{name}.{tensor_name}" if name else tensor_name: "it is stacked on another parametrization"
-        for name, module in model.named_modules()
-        for tensor_name, list_ in parametrization_lists(module).items()
-        if not isinstance(list_[0], StockSpectralNorm)
-        and any(isinstance(p, StockSpectralNorm) for p in list_)
-    }
+    skipped = {}
+    for name, module in model.named_modules():
+        for tensor_name, list_ in parametrization_lists(module).items():
+            label = f"{name}.{tensor_name}" if name else tensor_name
+            if getattr(list_[0], "is_bypassed", False):
+                skipped[label] = "another module reads it before normalization; its own is never called"
+            elif not isinstance(list_[0], StockSpectralNorm) and any(
+                isinstance(p, StockSpectralNorm) for p in list_
+            ):
+                skipped[label] = "it is stacked on another parametrization"
+    return skipped
 
 
 def _own_class(module: Module) -> type[Module]:
