@@ -168,7 +168,7 @@ def test_a_trained_checkpoint_answers_the_same_when_it_is_fused_or_baked(name):
     fused = again()
     spectral_ext.fuse(fused)
     torch.testing.assert_close(forward(fused, inputs), expected, rtol=1e-12, atol=1e-12)
-    with pytest.warns(UserWarning, match=f"{client.bypassed[0]}.weight: the layer was never called"):
+    with pytest.warns(UserWarning, match="attn.qkv.weight: the layer was never called"):
         spectral_ext.bake(again())
     called = again()
     forward(called, inputs)
