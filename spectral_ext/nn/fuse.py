@@ -273,6 +273,7 @@ def _take(found: _Found, candidate: SpectralNorm) -> Layer:
     own_class(module)
     weight = parametrization_lists(module)[found.tensor_name].original
     candidate.convert_vectors(compute_dtype(weight.dtype))
+    candidate.mend_vectors(weight)
     object.__setattr__(candidate, "label", found.label)
     return Layer(found.name, module, found.tensor_name, candidate)
 
