@@ -41,7 +41,9 @@ __all__ = [
     "is_usable",
     "jvp",
     "missed_by",
+    "norm_of",
     "power_iteration",
+    "restarted",
     "settled",
     "spectral_normalize",
     "start_vector",
@@ -78,7 +80,7 @@ def weight_matrix(weight: Tensor, dim: int) -> Tensor:
     return weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm_of(x: Tensor) -> Tensor:
     """Return ``‖x‖``; correct too where the squares leave the range of the dtype.
 
     float64 is not used here: some devices do not have it.
@@ -150,17 +152,17 @@ def power_iteration(
     for _ in range(n_power_iterations):
         if order == "u_first":
             first = matrix @ v
-            before = _norm(first)
+            before = norm_of(first)
             new_u = _unit(first, before, eps)
             second = matrix.mH @ new_u
-            after = _norm(second)
+            after = norm_of(second)
             new_v = _unit(second, after, eps)
         else:
             first = matrix.mH @ u
-            before = _norm(first)
+            before = norm_of(first)
             new_v = _unit(first, before, eps)
             second = matrix @ new_v
-            after = _norm(second)
+            after = norm_of(second)
             new_u = _unit(second, after, eps)
         u, v = torch.where(done, u, new_u), torch.where(done, v, new_v)
         iterations = iterations + ~done
@@ -179,7 +181,7 @@ def missed_by(before: Tensor, after: Tensor) -> Tensor:
 
 def unit_vector(x: Tensor) -> Tensor:
     """Return ``x / ‖x‖``, ``x`` itself if that is 1 but for rounding, or the vector to restart from."""
-    norm = _norm(x)
+    norm = norm_of(x)
     x = torch.where((norm - 1).abs() > _slack(x.dtype) / 2, x / norm, x)
     return torch.where(is_usable(x), x, start_vector(x))
 
@@ -197,7 +199,7 @@ def unit_vectors(u: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     """
     slack = _slack(u.dtype)
     u, v = u.to(dtype), v.to(dtype)
-    norms = _norm(u), _norm(v)
+    norms = norm_of(u), norm_of(v)
     off = ((norms[0] * norms[1]).square() - 1).abs() > slack
     usable = is_usable(u) & is_usable(v)
     u, v = (torch.where(off & usable, x / norm, x) for x, norm in zip((u, v), norms, strict=True))

@@ -145,7 +145,7 @@ def test_evaluation_with_bad_vectors_is_nan(backend, which, bad):
         assert torch.equal(layer.v.nan_to_num(7), v.nan_to_num(7))
 
 
-@pytest.mark.parametrize("exponent", [20, 25, 30, 36])
+@pytest.mark.parametrize("exponent", [20, 25, 30, 33])
 @pytest.mark.parametrize("order", ORDERS)
 def test_large_float32_weights_are_normalized(backend, order, exponent):
     layer = samples.layer((60, 50), dtype=torch.float64, order=order, n_power_iterations=3)

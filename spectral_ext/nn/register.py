@@ -204,6 +204,7 @@ def normalize_parameter(
     # has no such check.
     unsafe = settings.order == "v_first"
     parametrize.register_parametrization(module, name, parametrization, unsafe=unsafe)
+    parametrization.make_unit_vectors()  # that check has iterated, perhaps with a weight below eps
     own_class(module)
 
 
