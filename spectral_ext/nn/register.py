@@ -211,6 +211,7 @@ def normalize_parameter(
     # has no such check.
     unsafe = settings.order == "v_first"
     register(module, name, parametrization, unsafe=unsafe)
+    parametrization.make_unit_vectors()  # that check has iterated, perhaps with a weight below eps
 
 
 def check_choices(label: str, settings: LayerSettings, gain: Gain | None, init: Init) -> None:
