@@ -60,14 +60,14 @@ class Machine(RuleBasedStateMachine):
         COUNTS[operation.function.__name__] += 1
 
 
-def as_rule(operation: Operation) -> Any:
+def as_rule(operation: Operation, fits: Callable[[Any], bool]) -> Any:
     def run(self: Machine, **arguments: Any) -> None:
         self.run(operation, arguments)
 
     run.__name__ = operation.function.__name__
     run.__doc__ = operation.function.__doc__
     strategies = {
-        key: st.integers(0, 5) if isinstance(strategy, str) else strategy
+        key: st.integers(0, 5) if isinstance(strategy, str) else strategy.filter(fits)
         for key, strategy in operation.arguments.items()
     }
     return rule(**strategies)(run)
@@ -76,15 +76,16 @@ def as_rule(operation: Operation) -> Any:
 def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
     """Return the machine without some operations, norms (``hook``), blocks, roots or values of ``update``."""
 
-    def fits(values: tuple[Any, ...]) -> bool:
-        return not any(value in leave_out for value in values)
+    def fits(drawn: Any) -> bool:
+        values = drawn if isinstance(drawn, tuple) else (drawn,)
+        return not any(value in leave_out for value in values if isinstance(value, str))
 
     roots = [root for root in family.ROOTS if root not in leave_out]
 
     @initialize(
         root=st.sampled_from(roots),
         blocks=st.lists(specs().filter(fits), min_size=1, max_size=4),
-        update=UPDATES.filter(lambda update: update not in leave_out),
+        update=UPDATES.filter(fits),
         seed=SEED,
     )
     def build(self: Machine, root: str, blocks: list[Any], update: str, seed: int) -> None:
@@ -98,7 +99,7 @@ def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
     body: dict[str, Any] = {"build": build}
     for name, found in OPERATIONS.items():
         if name not in leave_out:
-            body[name] = as_rule(found)
+            body[name] = as_rule(found, fits)
     return type("Fuzz", (Machine,), body)
 
 

@@ -63,10 +63,10 @@ class Norm(NamedTuple):
 
     def sigma(self) -> float:
         """Return σ of the weight with the vectors that the layer has."""
-        weight = self.weight.detach()
+        weight = self.weight.detach().double()  # which autocast leaves alone
         if not self.vectors:
             return weight.norm().item()
-        u, v = self.vectors
+        u, v = (vector.double() for vector in self.vectors)
         return torch.dot(u, weight.movedim(self.norm.dim, 0).reshape(len(u), -1) @ v).item()
 
 
