@@ -16,9 +16,6 @@ from torch.nn.utils import parametrize, remove_spectral_norm
 
 import spectral_ext
 
-# Blocks that read their normalized tensor once in a forward: outside of a group fused and stock agree.
-SINGLE_ACCESS = ("linear", "conv1d", "conv2d", "transposed", "embedding", "scale", "mixing")
-
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()
@@ -137,7 +134,7 @@ def copy_model(pair: Pair, how: str) -> None:
 @operation(of_the_pair=True, block="block")
 def copy_block_in_place(pair: Pair, block: str) -> None:
     """``model.block = deepcopy(model.block)``; a copied layer is computed alone, so it is fused again."""
-    skip_unless(pair.is_fused and pair.root != "shared")
+    skip_unless(pair.is_fused)
     skip_unless(all(isinstance(n.norm, spectral_ext.nn.SpectralNorm) for n in pair.fused.norms()))
     parent = pair.fused.model.get_submodule(block.rpartition(".")[0])
     setattr_of(parent, block.rpartition(".")[2], copy.deepcopy(pair.fused.model.get_submodule(block)))
@@ -214,12 +211,12 @@ def replace_block(side: Side, block: str, spec: tuple[str, ...], again: bool, se
     torch.manual_seed(seed)
     put(side, block, make_block(BlockSpec(*spec), "reference" if side.is_twin else None))
     side.model.get_submodule(block).train(side.model.training)
-    fuse_new(side, spec, again)
+    fuse_new(side, again)
 
 
-def fuse_new(side: Side, spec: tuple[str, ...], again: bool) -> None:
+def fuse_new(side: Side, again: bool) -> None:
     pair = side.pair
-    if pair.is_fused and (again or spec[0] not in SINGLE_ACCESS or pair.root == "shared"):
+    if pair.is_fused and again:
         side.fuse(side.model, pair.update)
     side.has_changed()
     if not side.is_twin:
@@ -240,7 +237,7 @@ def add_block(side: Side, spec: tuple[str, ...], seed: int, again: bool) -> None
     block = make_block(BlockSpec(*spec), "reference" if side.is_twin else None)
     side.model.blocks.append(block.train(side.model.training))
     side.forget()
-    fuse_new(side, spec, again)
+    fuse_new(side, again)
 
 
 @operation(block="block")
@@ -277,7 +274,7 @@ def add_norm(side: Side, block: str, spec: tuple[str, ...], seed: int) -> None:
     torch.manual_seed(seed)
     normalize(module, "weight", BlockSpec(*spec), "reference" if side.is_twin else None)
     side.forget()
-    fuse_new(side, ("linear",), True)
+    fuse_new(side, True)
 
 
 @operation()
@@ -298,7 +295,7 @@ def fuse(side: Side, update: str) -> None:
 @operation(block="block")
 def fuse_part(side: Side, block: str) -> None:
     """A sub-model takes its layers into a group of its own."""
-    skip_unless(side.pair.is_fused and side.pair.root != "shared")
+    skip_unless(side.pair.is_fused)
     module = side.model.get_submodule(block)
     here = [n.name.startswith(f"{block}.") for n in side.pair.twin.norms()]
     skip_unless(any(here) and not all(here))

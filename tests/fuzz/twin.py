@@ -97,6 +97,19 @@ class QuietHook(StockHook):
             super().__call__(module, inputs)
 
 
+class CacheOfGroups(dict):  # type: ignore[type-arg]
+    """The cache of ``parametrize.cached()`` inside of a root: only layers of its groups are kept.
+
+    A group that is entered inside of another one starts with the outer weights and computes its own.
+    """
+
+    groups: list[list[tuple[int, str]]]
+
+    def __setitem__(self, key: tuple[int, str], value: Tensor) -> None:
+        if any(key in keys for keys in self.groups):
+            super().__setitem__(key, value)
+
+
 class TwinGroup:
     """The layers that a fused root computes on entry."""
 
@@ -148,8 +161,15 @@ class TwinGroup:
     def entered(self) -> Iterator[None]:
         members = self.members()
         advance = self.advances(members)
-        is_cached_already = bool(parametrize._cache_enabled)
+        of_the_user = bool(parametrize._cache_enabled) and type(parametrize._cache) is dict
+        keys = [(id(norm.module), norm.tensor) for norm in members]
         with parametrize.cached():
+            if not of_the_user:
+                cache = CacheOfGroups(parametrize._cache)
+                cache.groups = [*getattr(parametrize._cache, "groups", ()), keys]
+                for key in keys:
+                    cache.pop(key, None)
+                outer, parametrize._cache = parametrize._cache, cache
             for norm, update in zip(members, advance, strict=True):
                 self.compute(norm, update)
             if any(advance) or self.kept is None or self.kept_state != self.state(members):
@@ -157,7 +177,7 @@ class TwinGroup:
             self.kept_state = self.state(members)
             if self.capturing:
                 self.kept = None
-            if not is_cached_already:
+            if not of_the_user:
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
             try:
                 yield
@@ -165,6 +185,8 @@ class TwinGroup:
                 for norm in members:
                     if norm.is_hook:
                         norm.norm.quiet = False
+                if not of_the_user:
+                    parametrize._cache = outer
 
     def compute(self, norm: Norm, update: bool) -> None:
         """Put the weight of one layer in force, and keep it so until the forward is left."""
