@@ -196,7 +196,7 @@ def build(
     root: str, blocks: list[BlockSpec], seed: int = 0, backend: str | None = None
 ) -> nn.Module:
     """Return a model in float64."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     made = [make_block(BlockSpec(*spec), backend) for spec in blocks]
     if root == "sequential":
         return nn.Sequential(*(layer for block in made for layer in (block, nn.Tanh())))

@@ -12,6 +12,7 @@ from registry import BOOL, SEED, operation, skip_unless
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 from torch.utils.checkpoint import checkpoint
 
 CONTEXTS = {
@@ -122,8 +123,11 @@ def backward_of_kept_loss(side: Side, retain: bool) -> None:
         del side.kept["loss"]
 
 
-def versions(side: Side) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), p._version) for p in side.model.parameters()]
+def versions(twin: Side) -> list[tuple[int, int]]:
+    """Return what stock's graphs hold: weights, and the vectors of hooks outside of a group."""
+    of_hooks = [norm.vectors for norm in twin.norms() if type(norm.norm) is StockHook]
+    tensors = [*twin.model.parameters(), *(vector for pair in of_hooks for vector in pair)]
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 @operation(seed=SEED, factor=st.sampled_from([0.5, 2.0]))

@@ -208,7 +208,7 @@ def put(side: Side, block: str, new: nn.Module) -> None:
 @operation(block="block", spec=specs(), again=BOOL, seed=SEED)
 def replace_block(side: Side, block: str, spec: tuple[str, ...], again: bool, seed: int) -> None:
     """Put a new normalized block in the place of another, and perhaps fuse again."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     put(side, block, make_block(BlockSpec(*spec), "reference" if side.is_twin else None))
     side.model.get_submodule(block).train(side.model.training)
     fuse_new(side, again)
@@ -233,7 +233,7 @@ def replace_block_by_a_plain_layer(side: Side, block: str) -> None:
 @operation(spec=specs(), seed=SEED, again=BOOL)
 def add_block(side: Side, spec: tuple[str, ...], seed: int, again: bool) -> None:
     skip_unless(isinstance(side.model, Net) and len(side.model.blocks) < 5)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     block = make_block(BlockSpec(*spec), "reference" if side.is_twin else None)
     side.model.blocks.append(block.train(side.model.training))
     side.forget()
@@ -271,7 +271,7 @@ def add_norm(side: Side, block: str, spec: tuple[str, ...], seed: int) -> None:
     module = side.model.get_submodule(block)
     skip_unless(isinstance(module, nn.Linear))
     skip_unless(not any(norm.module is module for norm in side.norms()))
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     normalize(module, "weight", BlockSpec(*spec), "reference" if side.is_twin else None)
     side.forget()
     fuse_new(side, True)

@@ -68,6 +68,9 @@ class TwinSide(Side):
     def fuse(self, root: nn.Module, update: str) -> None:
         members = norms(root)
         taken = {id(norm.norm) for norm in members}
+        for group in self.groups:
+            if group.root is root:
+                group.leave()
         self.groups = [group for group in self.groups if group.root is not root]
         for group in self.groups:
             group.ids -= taken
@@ -77,7 +80,7 @@ class TwinSide(Side):
 
     def unfuse(self) -> None:
         for group in self.groups:
-            group.root.__dict__.pop("forward", None)
+            group.leave()
         self.groups = []
 
     def has_changed(self) -> None:
@@ -136,7 +139,7 @@ class Pair:
             operation(self, **arguments)
         else:
             for side in self.sides:
-                torch.manual_seed(len(self.script))
+                torch.default_generator.manual_seed(len(self.script))
                 results.append(operation(side, **arguments))
 
     tolerance = TOLERANCE

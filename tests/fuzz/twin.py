@@ -127,6 +127,13 @@ class TwinGroup:
                 norm.norm.fires = not norm.name.endswith("out_proj.weight")
         root.forward = self.forward
 
+    def leave(self) -> None:
+        """Make stock of the layers again."""
+        self.root.__dict__.pop("forward", None)
+        for norm in self.members():
+            if norm.is_hook:
+                norm.norm.__class__ = StockHook
+
     def members(self) -> list[Norm]:
         return [norm for norm in norms(self.root) if id(norm.norm) in self.ids]
 
@@ -191,7 +198,11 @@ class TwinGroup:
     def compute(self, norm: Norm, update: bool) -> None:
         """Put the weight of one layer in force, and keep it so until the forward is left."""
         if norm.is_hook:
+            buffers, own = norm.module._buffers, dict(norm.module._buffers)
+            if not update:  # stock's graph would hold the buffers, which a later forward changes
+                buffers.update({n: None if b is None else b.clone() for n, b in own.items()})
             weight = norm.norm.compute_weight(norm.module, do_power_iteration=update)
+            buffers.update(own)
             if norm.norm.fires:
                 setattr(norm.module, norm.tensor, weight)
             norm.norm.quiet = True
