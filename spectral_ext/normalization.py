@@ -115,8 +115,23 @@ def is_recorded() -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether tensors may be stand-ins, which must not be kept beyond this call."""
-    return is_transformed() or is_recorded()
+    """Return whether tensors may be stand-ins, which must not be kept beyond this call.
+
+    Transforms of ``torch.func`` and dual numbers wrap tensors, ``torch.export`` and ``torch.jit.trace`` record
+    what is done to them, and under ``FakeTensorMode`` and ``make_fx`` they have no data or are watched.
+    """
+    if is_transformed() or is_recorded():
+        return True
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in _MODES_OF_STAND_INS)
+
+
+_MODES_OF_STAND_INS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def _normalize_in_one_call(
@@ -230,7 +245,8 @@ def _hasten(output: Tensor) -> None:
 
     It is older than all nodes of the layers, which would all run before it.
     """
-    if output.grad_fn is not None and not torch.compiler.is_compiling():
+    # Dynamo cannot trace a read of grad_fn.
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
         output.grad_fn._set_sequence_nr(_NUMBER_OF_THE_NEXT)  # type: ignore[attr-defined]
 
 

@@ -10,14 +10,17 @@ The root of a fused model gets a subclass whose ``forward`` enters the group.
 
 import functools
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import Module, ModuleDict
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
 from .active import Record, active, in_force, lookup
 from .hook_keys import read_hook_layout
@@ -30,6 +33,7 @@ __all__ = [
     "is_fused",
     "own_class",
     "parametrization_lists",
+    "spectral_norms",
     "stock_class",
     "unwrap",
 ]
@@ -39,7 +43,22 @@ GROUP = "_spectral_group"
 # The attribute, in the dictionary of a class of this file, that says what made it.
 _KIND = "_spectral_class"
 
+# FX exchanges it while it traces.
+_MODULE_CALL = Module.__call__
+
 _fused_classes: "weakref.WeakKeyDictionary[type, weakref.ref[type]]" = weakref.WeakKeyDictionary()
+
+
+def spectral_norms(modules: Iterable[Module]) -> Iterator[tuple[Any, tuple[Module, str]]]:
+    """Yield stock's and our spectral norms of modules, each with its module and the name of its tensor."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is StockHook:
+                yield hook, (module, hook.name)
+        for name, list_ in parametrization_lists(module).items():
+            for norm in list_:
+                if isinstance(norm, StockSpectralNorm):
+                    yield norm, (module, name)
 
 
 def parametrization_lists(module: Module) -> dict[str, ParametrizationList]:
@@ -60,10 +79,26 @@ def fused_class(base: type[Module]) -> type[Module]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         group = self.__dict__.get(GROUP)
-        if group is None:
+        # The layers of a model that FX traces are traced alone, as stock's are.
+        if group is None or (Module.__call__ is not _MODULE_CALL and is_fx_symbolic_tracing()):
             return base.forward(self, *args, **kwargs)
-        with group.of(self).normalized():
+        group = group.of(self)
+        visible = group.visible
+        if is_dynamo_compiling():
+            above, visible.record = visible.record, group.trace()
+            try:
+                return base.forward(self, *args, **kwargs)
+            finally:
+                visible.record = above
+        record = group.enter()
+        record.below = below = active.record
+        above = None if below is None else visible.record
+        # An interrupt is raised at a call, and there is none in this `finally`.
+        try:
+            visible.record = active.record = record
             return base.forward(self, *args, **kwargs)
+        finally:
+            visible.record, active.record = above, below
 
     def set_state(self: Any, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)

@@ -206,9 +206,8 @@ def unfuse(model: _Module) -> _Module:
         for layer in layers:
             if layer.parametrization.origin == "hook":
                 _refuse_to_move(layer.module, layer.parametrization.label, "unfuse")
+        root.__dict__[GROUP].release([layer.parametrization for layer in layers])
         for layer in layers:
-            group = root.__dict__[GROUP]
-            group.release(layer.parametrization)
             _restore(layer.module, layer.tensor_name, layer.parametrization)
         unwrap(root)
     return model
@@ -314,7 +313,7 @@ def _leave_group(norm: SpectralNorm) -> None:
     group = None if norm._group is None else norm._group()
     if group is None:
         return
-    group.release(norm)
+    group.release([norm])
     root = group.root
     if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
         unwrap(root)

@@ -238,6 +238,10 @@ class SpectralNorm(StockSpectralNorm):
     ) -> Tensor:
         """Normalize this layer alone."""
         u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
+        if remember and self._group is not None and not torch.compiler.is_compiling():
+            group = self._group()
+            if group is not None:
+                group.count_lone()
         update = self.training if update is None else update
         if is_sharded(weight):
             return self._normalize_shards(weight, u, v, update)
@@ -302,7 +306,7 @@ class SpectralNorm(StockSpectralNorm):
         if name in _SETTINGS and self._group is not None:
             group = self._group()
             if group is not None:
-                group.invalidate()
+                group.changed(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
@@ -318,6 +322,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Follow the weight to devices and dtypes, but with wide vectors not to half precision."""
+        self._forget_calls()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, vector in before.items():
@@ -326,6 +331,12 @@ class SpectralNorm(StockSpectralNorm):
                 continue
             self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
         return self
+
+    def _forget_calls(self) -> None:
+        """Let the group hold no tensor in C++, before torch may exchange the weight."""
+        group = None if self._group is None else self._group()
+        if group is not None:
+            group.forget_calls()
 
     def convert_vectors(self, dtype: torch.dtype) -> None:
         """Keep ``_u`` and ``_v`` in another dtype from now on."""
