@@ -136,9 +136,6 @@ def functional_call(side: Side, seed: int, factor: float) -> list[Tensor]:
     own = {n: (factor * p.detach()).requires_grad_() for n, p in side.model.named_parameters()}
     y = torch.func.functional_call(side.model, own, (inputs(seed),))
     gradients = torch.autograd.grad(squares(y), list(own.values()), allow_unused=True)
-    if side.is_twin:
-        for group in side.groups:  # its kept weights are of other tensors
-            group.kept = None
     return [y, *(g for g in gradients if g is not None)]
 
 
@@ -152,8 +149,6 @@ def func_grad(side: Side, seed: int) -> Any:
         return squares(torch.func.functional_call(side.model, parameters, (inputs(seed),)))
 
     gradients = torch.func.grad(loss)(own)
-    if side.is_twin:
-        side.has_changed()
     return list(gradients.values())
 
 

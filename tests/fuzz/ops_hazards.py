@@ -191,19 +191,19 @@ def offloaded_forward(pair: Pair, buffers: bool, seed: int) -> None:
 
 @operation(seed=SEED)
 def forward_in_a_capture(side: Side, seed: int) -> Tensor:
-    """A CUDA graph's forward must compute, and what it has made must not be kept. Faked."""
+    """The capture of a CUDA graph, faked: it must compute, and from then on nothing is kept."""
     skip_unless(side.pair.is_fused and side.pair.update != "forward")
-    real = torch.cuda.is_current_stream_capturing
-    torch.cuda.is_current_stream_capturing = lambda: True
-    groups = side.groups if side.is_twin else []
-    for group in groups:
-        group.capturing = True
+    module = sys.modules[spectral_ext.SpectralGroup.__module__]
+    real = module.is_capturing
+    module.is_capturing = lambda device: True
+    if side.is_twin:
+        for group in side.groups:
+            if any(norm.training for norm in group.members()):
+                group.was_captured = True
     try:
         y = side.model(inputs(seed))
     finally:
-        torch.cuda.is_current_stream_capturing = real
-        for group in groups:
-            group.capturing = False
+        module.is_capturing = real
     return y
 
 
@@ -237,7 +237,8 @@ def what_the_group_tells(pair: Pair) -> None:
     assert set(sigmas) == set(members), f"layers {set(sigmas)}, the model has {set(members)}"
     for name, sigma in sigmas.items():
         allowed = [members[name].sigma(), of_twin.sigmas.get(name, float("nan"))]
-        assert any(abs(sigma - a) <= 1e-9 * max(1, abs(a)) for a in allowed), (
+        # The last forward may have been one in another dtype.
+        assert any(abs(sigma - a) <= 0.02 * max(1, abs(a)) for a in allowed), (
             f"σ of {name} is {sigma}, expected one of {allowed}"
         )
     assert all(value == value for value in group.log_dict().values())

@@ -93,7 +93,6 @@ def evaluate_the_average(side: Side, by: str, validate: bool, seed: int) -> list
         outputs.append(side.model(inputs(seed)))
     for module, mode in modes.items():
         module.training = mode
-    side.has_changed()
     return outputs
 
 
@@ -156,17 +155,12 @@ def requires_grad_of_all(side: Side, mode: bool) -> None:
 
 @operation(mode=BOOL)
 def train(side: Side, mode: bool) -> None:
-    changed = side.model.training is not mode
     side.model.train(mode)
-    if changed:
-        side.has_changed()
 
 
 @operation(block="block", mode=BOOL)
 def train_block(side: Side, block: str, mode: bool) -> None:
     side.model.get_submodule(block).train(mode)
-    side.pair.invalidate()
-    side.has_changed()
 
 
 @operation(to_none=BOOL)

@@ -7,7 +7,8 @@ This file is the only place that knows in which ways a fused model is meant to d
   every layer of the group on entry, under ``parametrize.cached()``, and silences the hooks inside.
   Layers that the forward does not use advance as well.
 - With ``update="step"`` a training forward advances ``u`` and ``v`` only if something has changed since
-  the last one; with ``"manual"`` none does. ``TwinGroup.advances`` decides it.
+  the last one, or a forward in evaluation was in between; with ``"manual"`` none does. After a capture
+  every training forward computes. ``TwinGroup.advances`` and ``note`` decide it.
 - A layer whose hook never fires, because another module reads its weight, has the raw weight.
 - Layers outside of a group, and all accesses outside of a root's forward, are stock's own.
 
@@ -85,6 +86,11 @@ def norms(model: nn.Module) -> list[Norm]:
     return list(found.values())
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a transform of ``torch.func`` has wrapped a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class QuietHook(StockHook):
     """Stock's hook, which a group on entry can run in its place."""
 
@@ -119,7 +125,7 @@ class TwinGroup:
         self.objects = [norm.norm for norm in members]  # so that an id stays theirs
         self.kept: list[bool] | None = None
         self.kept_state: list[tuple[int, int]] = []
-        self.capturing = False
+        self.was_captured = False
         self.sigmas: dict[str, float] = {}
         for norm in members:
             if norm.is_hook:
@@ -146,7 +152,7 @@ class TwinGroup:
         if self.update == "forward":
             return [norm.training for norm in members]
         wanted = [norm.training and self.update == "step" for norm in members]
-        if self.capturing or self.kept is None or len(self.kept) != len(members):
+        if self.was_captured or self.kept is None or len(self.kept) != len(members):
             return wanted
         if self.kept_state != self.state(members):
             return wanted
@@ -159,7 +165,7 @@ class TwinGroup:
         tensors = [t for norm in members for t in (norm.weight, *norm.vectors)]
         return [
             (id(t), 0)  # of torch.func, without memory of its own
-            if torch._C._functorch.is_functorch_wrapped_tensor(t)
+            if is_transformed(t)
             else (t.data_ptr(), 0 if t.is_inference() else t._version)
             for t in tensors
         ]
@@ -179,11 +185,7 @@ class TwinGroup:
                 outer, parametrize._cache = parametrize._cache, cache
             for norm, update in zip(members, advance, strict=True):
                 self.compute(norm, update)
-            if any(advance) or self.kept is None or self.kept_state != self.state(members):
-                self.kept = advance
-            self.kept_state = self.state(members)
-            if self.capturing:
-                self.kept = None
+            self.note(members, advance)
             if not of_the_user:
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
             try:
@@ -194,6 +196,16 @@ class TwinGroup:
                         norm.norm.quiet = False
                 if not of_the_user:
                     parametrize._cache = outer
+
+    def note(self, members: list[Norm], advance: list[bool]) -> None:
+        """Note what a forward has computed: one in evaluation keeps nothing, nor a captured one."""
+        if any(map(is_transformed, (norm.weight for norm in members))):
+            return
+        if self.was_captured or not any(norm.training for norm in members):
+            self.kept = None
+        elif any(advance) or self.kept is None or self.kept_state != self.state(members):
+            self.kept = advance
+        self.kept_state = self.state(members)
 
     def compute(self, norm: Norm, update: bool) -> None:
         """Put the weight of one layer in force, and keep it so until the forward is left."""
@@ -217,7 +229,10 @@ class TwinGroup:
             norm.norm.training = before
 
     def iterate(self) -> None:
-        """Do what ``SpectralGroup.iterate`` does: one update of all layers, in any mode."""
+        """Do what ``SpectralGroup.iterate`` does: one update of all layers, in any mode.
+
+        The next forward in training takes what it has computed, if there is a layer in training now.
+        """
         members = self.members()
         with torch.no_grad():
             for norm in members:
@@ -228,4 +243,5 @@ class TwinGroup:
                 norm.norm.training = True
                 getattr(norm.module, norm.tensor)
                 norm.norm.training = before
-        self.kept, self.kept_state = [True] * len(members), self.state(members)
+        if not self.was_captured and any(norm.training for norm in members):
+            self.kept, self.kept_state = [True] * len(members), self.state(members)
