@@ -129,6 +129,8 @@ def copy_model(pair: Pair, how: str) -> None:
         side.model.zero_grad()
         side.forget()
     pair.twin.has_changed()
+    for group in pair.twin.groups:
+        group.was_captured = False  # the copy was not
 
 
 @operation(of_the_pair=True, block="block")

@@ -170,6 +170,10 @@ class Pair:
                 length = a.double().norm().item()
                 assert abs(length - 1) < 1e-2, f"{letter} of {norm.name} has the length {length}"
 
+    def all_are_in_groups(self) -> bool:
+        taken = {i for group in self.twin.groups for i in group.ids}
+        return all(id(norm.norm) in taken for norm in self.twin.norms())
+
     def adopt_vectors(self) -> None:
         """Give the twin the vectors of the fused model, where stock cannot follow it."""
         for mine, norm in zip(self.fused.norms(), self.twin.norms(), strict=True):
