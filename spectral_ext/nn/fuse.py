@@ -1,6 +1,6 @@
 """Fuse the spectral norms of a model into one group, and undo it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast, get_args
 
@@ -158,10 +158,18 @@ def fuse(
         check_backend(backend, found.weight)
 
     # Nothing below raises.
-    for found in everything:
-        norm = found.norm
-        if found not in chosen and isinstance(norm, SpectralNorm) and _root_of(norm) is model:
-            _restore(found.module, found.tensor_name, norm)
+    kept = {id(found.norm) for found in chosen}
+    left_out = [
+        (found.module, found.tensor_name, found.norm)
+        for found in everything
+        if id(found.norm) not in kept
+        and isinstance(found.norm, SpectralNorm)
+        and _root_of(found.norm) is model
+    ]
+    _leave_groups(norm for _, _, norm in left_out)
+    for layer in left_out:
+        _restore(*layer)
+    _leave_groups(candidates)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
     group = SpectralGroup(
         layers,
@@ -259,13 +267,11 @@ def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
 
 
 def _take(found: _Found, candidate: SpectralNorm) -> Layer:
-    """Register a candidate in its module, out of any group that it was in."""
+    """Register a candidate in its module."""
     module, norm = found.module, found.norm
-    if isinstance(norm, SpectralNorm):
-        _leave_group(norm)
-    elif isinstance(norm, StockHook):
+    if isinstance(norm, StockHook):
         hook_layout.replace_hook(module, norm, candidate)
-    else:
+    elif not isinstance(norm, SpectralNorm):
         # The object stays the one that it was, for those who hold it.
         norm.__dict__.update(candidate.__dict__)
         candidate = _with_class(norm, SpectralNorm)
@@ -283,7 +289,6 @@ def _with_class(module: Module, cls: type[_Module]) -> _Module:
 
 def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
     """Make of a layer what it was before it was fused."""
-    _leave_group(norm)
     if norm.origin != "own":  # stock wants the dtype of the weight
         norm.convert_vectors(parametrization_lists(module)[tensor_name].original.dtype)
     if norm.origin == "hook":
@@ -308,12 +313,15 @@ def _root_of(norm: SpectralNorm) -> Module | None:
     return None if group is None else group.root
 
 
-def _leave_group(norm: SpectralNorm) -> None:
-    """Take a layer out of the group that it is in; the last one turns off the light."""
-    group = None if norm._group is None else norm._group()
-    if group is None:
-        return
-    group.release([norm])
-    root = group.root
-    if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
-        unwrap(root)
+def _leave_groups(norms: Iterable[SpectralNorm]) -> None:
+    """Take layers out of the groups that they are in; a model that has no layer left is unwrapped."""
+    groups: dict[SpectralGroup, list[SpectralNorm]] = {}
+    for norm in norms:
+        group = None if norm._group is None else norm._group()
+        if group is not None:
+            groups.setdefault(group, []).append(norm)
+    for group, members in groups.items():
+        group.release(members)
+        root = group.root
+        if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
+            unwrap(root)

@@ -545,14 +545,15 @@ class SpectralGroup:
     def _tell_of_others(self, names: dict[Module, str]) -> None:
         """Warn once of each spectral norm that came into the model and is in no group."""
         norms = dict(spectral_norms(names))
-        if self._known is not None:
+        root = self.root
+        if self._known is not None and root is not None and root.__dict__.get(GROUP) is self:
             ours = {id(layer.parametrization) for layer in self._layers}
             for norm, (module, tensor_name) in norms.items():
                 if norm in self._known or id(norm) in ours or getattr(norm, "_group", None):
                     continue
                 warnings.warn(
                     f"{names[module]}.{tensor_name} has a spectral norm but is in no group, and is computed "
-                    f"alone; it came into the fused {type(self.root).__name__} later. Call "
+                    f"alone; it came into the fused {type(root).__name__} later. Call "
                     "spectral_ext.fuse(model) again to include it.",
                     stacklevel=2,
                 )
