@@ -54,7 +54,6 @@ def load(side: Side, assign: bool, strict: bool) -> Any:
     found = side.model.load_state_dict(state, strict=strict, assign=assign)
     if assign:
         side.forget()
-    side.has_changed()
     return [found.missing_keys, found.unexpected_keys]
 
 
@@ -122,7 +121,7 @@ def copy_model(pair: Pair, how: str) -> None:
         file.seek(0)
         copied = torch.load(file, weights_only=False)
     assert [p.requires_grad for p in copied.parameters()] == modes
-    if pair.is_fused:
+    if pair.root_is_fused:
         assert spectral_ext.group_of(copied) is not pair.group()
     pair.fused.model = copied
     for side in pair.sides:
@@ -197,8 +196,7 @@ def to(side: Side, how: str) -> None:
         side.forget()
     else:
         side.model.share_memory()
-    side.has_changed()
-    side.pair.invalidate()
+    side.pair.start_anew(side)
 
 
 def put(side: Side, block: str, new: nn.Module) -> None:
@@ -220,16 +218,14 @@ def fuse_new(side: Side, again: bool) -> None:
     pair = side.pair
     if pair.is_fused and again:
         side.fuse(side.model, pair.update)
-    side.has_changed()
-    if not side.is_twin:
-        pair.invalidate()
+    pair.start_anew(side)
 
 
 @operation(block="block")
 def replace_block_by_a_plain_layer(side: Side, block: str) -> None:
     skip_unless(len(side.pair.twin.norms()) > 1)
     put(side, block, nn.Linear(6, 6).double())
-    side.has_changed()
+    side.pair.start_anew(side)
 
 
 @operation(spec=specs(), seed=SEED, again=BOOL)
@@ -248,7 +244,7 @@ def remove_block(side: Side, block: str) -> None:
     skip_unless(len(side.model.blocks) > 1)
     del side.model.blocks[int(block.rpartition(".")[2])]
     side.forget()
-    side.has_changed()
+    side.pair.start_anew(side)
 
 
 @operation(layer="layer")
@@ -264,7 +260,7 @@ def remove_norm(side: Side, layer: str) -> None:
         parametrize.remove_parametrizations(norm.module, norm.tensor)
     norm.module.train(mode)
     side.forget()
-    side.has_changed()
+    side.pair.start_anew(side)
 
 
 @operation(block="block", spec=specs(), seed=SEED)
@@ -302,5 +298,4 @@ def fuse_part(side: Side, block: str) -> None:
     here = [n.name.startswith(f"{block}.") for n in side.pair.twin.norms()]
     skip_unless(any(here) and not all(here))
     side.fuse(module, side.pair.update)
-    side.has_changed()
-    side.pair.invalidate()
+    side.pair.start_anew(side)

@@ -89,7 +89,6 @@ def evaluate_the_average(side: Side, by: str, validate: bool, seed: int) -> list
             side.model.eval()
         else:
             side.model.train(values is average).train(values is kept)
-        side.has_changed()
         outputs.append(side.model(inputs(seed)))
     for module, mode in modes.items():
         module.training = mode
@@ -119,9 +118,8 @@ def change_weight(side: Side, layer: str, how: str, seed: int) -> None:
         else:
             weight.data[0] += 0.5
     leaves_no_trace = how in (".data.copy_", "through .data")
-    if leaves_no_trace and not side.is_twin and side.pair.is_fused:
-        side.pair.invalidate()
-    side.has_changed()
+    if leaves_no_trace:
+        side.pair.start_anew(side)
 
 
 @operation(layer="layer", seed=SEED)
@@ -175,7 +173,7 @@ def change_iterations(side: Side, layer: str, steps: int) -> None:
     skip_unless(norm.vectors)
     if getattr(norm.norm, "tol", 0.0) == 0.0:
         norm.norm.n_power_iterations = steps
-    side.has_changed()
+        side.setting_was_assigned(norm)
 
 
 @operation(layer="layer", scale=st.sampled_from([0.5, 1.0, 2.0]))
@@ -184,7 +182,7 @@ def change_scale(side: Side, layer: str, scale: float) -> None:
     is_ours = isinstance(side.pair.twin.norm(layer).norm, spectral_norm_class())
     skip_unless(is_ours and norm.norm.bound is None and norm.norm.learned_gain is None)
     norm.norm.scale = scale
-    side.has_changed()
+    side.setting_was_assigned(norm)
 
 
 def spectral_norm_class() -> Any:
@@ -196,6 +194,6 @@ def spectral_norm_class() -> Any:
 @operation(of_the_pair=True)
 def iterate(pair: Pair) -> None:
     """``group.iterate()``, for ``update="manual"``; it works for the others, too."""
-    skip_unless(pair.is_fused)
+    skip_unless(pair.root_is_fused)
     pair.group().iterate()
     next(group for group in pair.twin.groups if group.root is pair.twin.model).iterate()

@@ -52,6 +52,9 @@ class Side:
     def has_changed(self) -> None:
         """Say that weights were changed in a way that versions do not show."""
 
+    def setting_was_assigned(self, norm: Norm) -> None:
+        """Say that the group of a layer has new settings."""
+
     def forget(self) -> None:
         """Drop what refers to parameters that were exchanged."""
         self.optimizer = None
@@ -75,7 +78,8 @@ class TwinSide(Side):
         for group in self.groups:
             group.ids -= taken
             if not group.members():
-                group.root.__dict__.pop("forward", None)
+                group.leave()
+        self.groups = [group for group in self.groups if group.members()]
         self.groups.append(TwinGroup(root, members, update))
 
     def unfuse(self) -> None:
@@ -86,6 +90,11 @@ class TwinSide(Side):
     def has_changed(self) -> None:
         for group in self.groups:
             group.kept = None
+
+    def setting_was_assigned(self, norm: Norm) -> None:
+        for group in self.groups:
+            if id(norm.norm) in group.ids:
+                group.kept = None
 
 
 class Pair:
@@ -147,6 +156,11 @@ class Pair:
     def group(self) -> spectral_ext.SpectralGroup:
         return spectral_ext.group_of(self.fused.model)
 
+    @property
+    def root_is_fused(self) -> bool:
+        """Whether the root has a group; it has none if parts of it took all layers."""
+        return any(group.root is self.twin.model for group in self.twin.groups)
+
     def invalidate(self) -> None:
         """Invalidate all groups of the fused model, also those of parts of it."""
         for module in self.fused.model.modules():
@@ -169,6 +183,16 @@ class Pair:
                 close(a, b, f"{letter} of {norm.name}", self.tolerance)
                 length = a.double().norm().item()
                 assert abs(length - 1) < 1e-2, f"{letter} of {norm.name} has the length {length}"
+
+    def start_anew(self, side: Side) -> None:
+        """Let all groups of a side compute in their next forward.
+
+        For changes of which some groups must notice something and others need not.
+        """
+        if side.is_twin:
+            side.has_changed()
+        else:
+            self.invalidate()
 
     def all_are_in_groups(self) -> bool:
         taken = {i for group in self.twin.groups for i in group.ids}
