@@ -223,7 +223,7 @@ class SpectralNorm(StockSpectralNorm):
             known, found = NO_REGIONS, None
             if regions.replayed is not None:
                 found = regions.replay(self)
-            vectors = None if found is None else found.vectors(id(self))
+            vectors = None if found is None else found.vectors_again(self)
             update = self.training and regions.replayed is None
             normalized, results = self._compute(weight, update, vectors)
             entry = Entry({id(self): 0}, results.saved, [self._vector_sizes])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nets import OURS, STOCK, Net, assert_close, assert_same_state, inputs, make
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as hook_spectral_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -551,3 +552,25 @@ def test_checkpoints_of_an_unknown_kind_are_refused(kind):
     for buffer, vector in zip(model.buffers(), before, strict=True):
         assert torch.equal(buffer, vector)
     model(sample()).sum().backward()
+
+
+@kinds
+def test_inside_of_cached_the_backward_belongs_inside_too(kind):
+    """Outside of it the recomputation would have to know the vectors of a forward that made no note."""
+
+    def forwards(model, block):
+        model.block, h = Plain(), sample()
+        for _ in range(3):
+            h = block(model, h) + h
+        return h.square().sum()
+
+    def run(model, block):
+        with parametrize.cached():
+            forwards(model, block).backward()
+
+    compare(kind, False, run)
+    model = cell(kind, Plain())
+    with parametrize.cached():
+        loss = forwards(model, Checkpoints(False))
+    with pytest.raises(RuntimeError, match=r"^(body\.0|Linear)\.weight.*parametrize\.cached"):
+        loss.backward()
