@@ -163,16 +163,16 @@ graph_task = torch._C._current_graph_task_id
 grad_enabled = torch.is_grad_enabled
 
 
-def is_plain(record: Record) -> bool:
-    """Return whether no checkpoint can have been opened since a record was put in force.
+def is_plain(record: Record | None, training: bool = True) -> bool:
+    """Return whether no checkpoint can be open that was not when a weight was computed.
 
     A reentrant one turns gradients off in its forward. Where they were off before, it is not recomputed.
+
+    Args:
+        record: that of the weight; None to compute the layer alone, in ``training`` or in eval mode.
     """
-    return (
-        top_hooks(False) is None
-        and graph_task() == -1
-        and (grad_enabled() or (record.detached and record.below is None))
-    )
+    off = not training if record is None else record.detached and record.below is None
+    return top_hooks(False) is None and graph_task() == -1 and (off or grad_enabled())
 
 
 def serving(record: Record | None, parametrization: int, weight: Tensor) -> Record | None:

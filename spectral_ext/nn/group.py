@@ -426,8 +426,9 @@ class SpectralGroup:
         entry = regions.replay(self)
         if entry is not None:
             us, vs = list(us), list(vs)
-            for parametrization, place in plan.index.items():
-                us[place], vs[place] = entry.vectors(parametrization) or (us[place], vs[place])
+            for layer, place in zip(plan.layers, plan.unit_of_layer, strict=True):
+                vectors = entry.vectors_again(layer.parametrization)
+                us[place], vs[place] = vectors or (us[place], vs[place])
         tensors = UnitTensors(weights, us, vs)
         places = list(range(len(weights)))
         parts = self._run(plan, tensors, places, [False] * len(places))

@@ -27,7 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
+
+from ..normalization import is_traced
 
 __all__ = ["NO_REGIONS", "Entry", "Notes", "Regions", "open_regions"]
 
@@ -56,6 +59,25 @@ class Entry(NamedTuple):
                 rows, columns = self.sizes[members[len(before)]]
                 return saved[begin : begin + rows], saved[begin + rows : begin + rows + columns]
         return None
+
+    def vectors_again(self, parametrization: Any) -> tuple[Tensor, Tensor] | None:
+        """Return ``u`` and ``v`` of a layer for its recomputation; None if it has none.
+
+        Raises:
+            RuntimeError: the forward took the weight from ``parametrize.cached()``.
+        """
+        found = self.vectors(id(parametrization))
+        if found is not None or parametrization.is_vector or is_traced():
+            return found
+        if not parametrize._cache_enabled:  # inside of it u and v have not moved
+            raise RuntimeError(
+                f"{parametrization.label}: the forward of a checkpoint took this weight from "
+                f"parametrize.cached(), and the u and v that it was computed with are not known; {_ADVICE}"
+            )
+        return found
+
+
+_ADVICE = "call backward() inside of parametrize.cached() too"
 
 
 class Notes:
@@ -98,8 +120,7 @@ class Notes:
         raise RuntimeError(
             f"{owner.label}: the recomputation of a checkpoint computes this weight more often than its "
             f"forward did ({len(entries)} times), so that the u and v of that forward are not known; "
-            "run the same code both times, and call backward() inside of parametrize.cached() if the "
-            "forward was inside of it"
+            f"run the same code both times; if the forward ran inside of parametrize.cached(), {_ADVICE}"
         )
 
 

@@ -253,21 +253,12 @@ class SpectralNorm(StockSpectralNorm):
             return self._normalize(weight) if visible is None else visible
         record = active.record
         in_force = None if record is None else lookup(record, id(self), weight)
-        if in_force is not None and record is not None and is_plain(record):
-            return in_force
-        if in_force is None and self._is_outside_of_checkpoints():
-            return self._normalize(weight)
+        if is_plain(None if in_force is None else record, self.training):
+            return self._normalize(weight) if in_force is None else in_force
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
             return self._in_checkpoint(weight, in_force)
         with hidden_saves():  # forward and recomputation must save as many tensors
             return self._in_checkpoint(weight, in_force)
-
-    def _is_outside_of_checkpoints(self) -> bool:
-        return (
-            torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-            and torch._C._current_graph_task_id() == -1
-            and (torch.is_grad_enabled() or not self.training)
-        )
 
     def _in_checkpoint(self, weight: Tensor, in_force: Tensor | None) -> Tensor:
         """Return the weight that a checkpoint reads, and note its vectors for the recomputation."""
@@ -276,24 +267,20 @@ class SpectralNorm(StockSpectralNorm):
             return self._normalize(weight) if in_force is None else in_force
         record = None if in_force is None else serving(active.record, id(self), weight)
         known = NO_REGIONS if record is None else record.regions
-        if record is not None and regions.replayed in (None, known.replayed):
-            assert in_force is not None
+        if in_force is not None and record and regions.replayed in (None, known.replayed):
             normalized, entry = in_force, record.entry
         else:
             known, found = NO_REGIONS, None
             if regions.replayed is not None:
                 found = regions.replay(self)
-            vectors = None if found is None else found.vectors(id(self))
+            vectors = None if found is None else found.vectors_again(self)
             update = self.training and regions.replayed is None
             normalized, results = self._compute(weight, update, vectors)
-            entry = Entry({id(self): 0}, results.saved, [self._vector_sizes])
+            sizes = (0, 0) if self.is_vector else (len(self._u), len(self._v))
+            entry = Entry({id(self): 0}, results.saved, [sizes])
         if entry is not None:
             regions.note(self, entry, known.recorded)
         return normalized
-
-    @property
-    def _vector_sizes(self) -> tuple[int, int]:
-        return (0, 0) if self.is_vector else (len(self._u), len(self._v))
 
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""

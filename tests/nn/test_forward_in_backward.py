@@ -43,7 +43,12 @@ def model_of(kind, **settings):
     """Return one model for all kinds: stock's, our layers alone, or fused."""
     torch.manual_seed(0)
     norm = spectral_ext.spectral_norm if kind == "alone" else STOCK["u_first"]
-    layers = [norm(nn.Linear(WIDTH, WIDTH, dtype=torch.float64)) for _ in range(2)]
+    layers = [nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2)]
+    for layer in layers:  # singular values so close to each other that u and v move for long
+        with torch.no_grad():
+            nn.init.orthogonal_(layer.weight)
+            layer.weight.mul_(torch.linspace(0.97, 1, WIDTH)[:, None])
+        norm(layer)
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
     if kind == "fused":
         spectral_ext.fuse(model, **settings)
