@@ -197,9 +197,11 @@ def _find_bypassed(model: Module) -> tuple[list[int], dict[int, str]]:
         if called[place] is not False:
             continue
         name = names[tensor.module]
-        if tensor.is_bypassed or _has_run_around(name, tensors, called, names):
-            raw.append(place)
-        elif _is_read_by_attention(model, name):
+        if (
+            tensor.is_bypassed
+            or _has_run_around(name, tensors, called, names)
+            or _is_read_by_attention(model, name)
+        ):
             raw.append(place)
         else:
             doubtful[place] = name
@@ -242,12 +244,12 @@ def _warn_if_not_iterated(tensor: _Normalized, name: str) -> None:
         norm = cast(SpectralNorm, parametrization_lists(module)[tensor.name][0])
         u, v, dim = norm._u, norm._v, norm.dim
     with torch.no_grad():
-        assert u is not None
+        assert u is not None and v is not None
         product = weight_matrix(tensor.originals[0], dim).to(u.dtype) @ v
         if u.dot(product) < 0.5 * product.norm():
             warnings.warn(
-                f"{label}: the layer was never called and its u and v were never iterated, so its baked weight "
-                "is wrong by a factor. If the layer was trained, another module reads its weight before "
+                f"{label}: the layer was never called and its u and v were never iterated, so its baked "
+                "weight is wrong by a factor. If the layer was trained, another module reads its weight before "
                 "normalization: run the model once before bake, which then leaves the weight as it is",
                 stacklevel=3,
             )

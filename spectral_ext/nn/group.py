@@ -342,9 +342,7 @@ class SpectralGroup:
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        record = Record(
-            plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain
-        )
+        record = Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
         record.on_trial = on_trial
         return record
 

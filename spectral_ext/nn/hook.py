@@ -100,8 +100,8 @@ class GroupHook(StockHook):
     def _find(self, module: Module) -> tuple[ParametrizationList, SpectralNorm] | None:
         """Return the parametrizations of the tensor, and the one that came with this hook."""
         if is_dynamo_compiling():
-            list_ = module.parametrizations[self.name]  # type: ignore[index, union-attr]
-            return list_, list_[0]
+            traced = cast("dict[str, Any]", module.parametrizations)[self.name]
+            return traced, traced[0]
         list_ = parametrization_lists(module).get(self.name)
         norm = None if list_ is None else list_._modules.get("0")
         return (list_, norm) if isinstance(norm, SpectralNorm) else None  # type: ignore[return-value]

@@ -395,7 +395,9 @@ def _skipped(model: Module) -> dict[str, str]:
         for tensor_name, list_ in parametrization_lists(module).items():
             label = f"{name}.{tensor_name}" if name else tensor_name
             if getattr(list_[0], "is_bypassed", False):
-                skipped[label] = "another module reads it before normalization; its own is never called"
+                skipped[label] = (
+                    "another module reads it before normalization; its own is never called"
+                )
             elif not isinstance(list_[0], StockSpectralNorm) and any(
                 isinstance(p, StockSpectralNorm) for p in list_
             ):

@@ -214,7 +214,9 @@ def test_a_penalty_on_the_weight_after_the_forward_is_in_its_graph():
     for model in (stock, net):
         for step in range(2):
             output = model(inputs(step))
-            (output.sum() + model.fc.weight.pow(3).sum() + model.lstm.weight_hh_l0.cos().sum()).backward()
+            (
+                output.sum() + model.fc.weight.pow(3).sum() + model.lstm.weight_hh_l0.cos().sum()
+            ).backward()
     for found, expected in zip(net.parameters(), stock.parameters(), strict=True):
         assert_close(found.grad, expected.grad)
 
@@ -414,7 +416,9 @@ def test_replicas_of_data_parallel():
         for name in ("inp", "qkv", "out"):
             layer = getattr(net, name)
             list_ = layer.parametrizations.weight
-            copies = [m._replicate_for_data_parallel() for m in (layer, layer.parametrizations, list_)]
+            copies = [
+                m._replicate_for_data_parallel() for m in (layer, layer.parametrizations, list_)
+            ]
             norm = list_[0]._replicate_for_data_parallel()
             norm._buffers = dict(list_[0]._buffers)
             copies[2]._modules["0"] = norm
