@@ -249,8 +249,8 @@ def _warn_if_not_iterated(tensor: _Normalized, name: str) -> None:
         if u.dot(product) < 0.5 * product.norm():
             warnings.warn(
                 f"{label}: the layer was never called and its u and v were never iterated, so its baked "
-                "weight is wrong by a factor. If the layer was trained, another module reads its weight before "
-                "normalization: run the model once before bake, which then leaves the weight as it is",
+                "weight is wrong by a factor. If the layer was trained, another module reads its weight "
+                "before normalization: run the model once before bake, which then leaves the weight as it is",
                 stacklevel=3,
             )
 

@@ -264,7 +264,7 @@ class Plan:
     def is_on_trial(self, unit: int) -> bool:
         """Return whether the modules of a unit have PyTorch's hook, and none of them was called yet."""
         hooks = self.hooks.get(unit)
-        return hooks is not None and not any([hook.called for hook in hooks])
+        return hooks is not None and not any(hook.called for hook in hooks)
 
     def is_without_bypassed(self) -> bool:
         """Return whether the plan has no layer that the group does not compute any more."""

@@ -236,7 +236,7 @@ def test_an_error_while_classes_are_made_changes_nothing(monkeypatch):
     net = make(STOCK["u_first"], STOCK["v_first"])
     shape = [(name, type(module)) for name, module in net.named_modules()]
     keys = list(net.state_dict())
-    make_class, calls = dynamic_class.quiet_class, []
+    make_class, calls = dynamic_class.subclass, []
 
     def refuse_the_third(*arguments):
         calls.append(1)
@@ -244,7 +244,7 @@ def test_an_error_while_classes_are_made_changes_nothing(monkeypatch):
             raise TypeError("no more subclasses")
         return make_class(*arguments)
 
-    monkeypatch.setattr(dynamic_class, "quiet_class", refuse_the_third)
+    monkeypatch.setattr(dynamic_class, "subclass", refuse_the_third)
     with pytest.raises(TypeError, match="no more subclasses"):
         spectral_ext.fuse(net)
     assert [(name, type(module)) for name, module in net.named_modules()] == shape
