@@ -12,18 +12,29 @@ These classes have the names of the classes below them (quiet_class.py).
 
 import functools
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import Module, ModuleDict
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
-from .active import Record, active, in_force, lookup
+from .active import (
+    Record,
+    active,
+    grad_enabled,
+    graph_task,
+    in_force,
+    is_plain,
+    lookup,
+    top_hooks,
+)
 from .hook_keys import read_hook_layout
 from .quiet_class import class_of_stock, quiet_class, subclass
 
@@ -39,6 +50,7 @@ __all__ = [
     "parametrization_lists",
     "refuse_to_trace_what_is_cached",
     "register",
+    "spectral_norms",
     "stock_class",
     "take_off",
     "unwrap",
@@ -49,7 +61,22 @@ GROUP = "_spectral_group"
 # The attribute, in the dictionary of a class of this file, that says what made it.
 _KIND = "_spectral_class"
 
+# FX exchanges it while it traces.
+_MODULE_CALL = Module.__call__
+
 _fused_classes: "weakref.WeakKeyDictionary[type, weakref.ref[type]]" = weakref.WeakKeyDictionary()
+
+
+def spectral_norms(modules: Iterable[Module]) -> Iterator[tuple[Any, tuple[Module, str]]]:
+    """Yield stock's and our spectral norms of modules, each with its module and the name of its tensor."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is StockHook:
+                yield hook, (module, hook.name)
+        for name, list_ in parametrization_lists(module).items():
+            for norm in list_:
+                if isinstance(norm, StockSpectralNorm):
+                    yield norm, (module, name)
 
 
 def parametrization_lists(module: Module) -> dict[str, ParametrizationList]:
@@ -70,13 +97,30 @@ def fused_class(base: type[Module]) -> type[Module]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         group = self.__dict__.get(GROUP)
-        if group is None:
+        # The layers of a model that FX traces are traced alone, as stock's are.
+        if group is None or (Module.__call__ is not _MODULE_CALL and is_fx_symbolic_tracing()):
             return base.forward(self, *args, **kwargs)
         group = group.of(self)
-        with group.normalized():
+        visible = group.visible
+        if is_dynamo_compiling():
+            above, visible.record = visible.record, group.trace()
+            try:
+                output = base.forward(self, *args, **kwargs)
+                visible.has_run = True
+                return output
+            finally:
+                visible.record = above
+        record = group.enter()
+        record.below = below = active.record
+        above = None if below is None else visible.record
+        # An interrupt is raised at a call, and there is none in this `finally`.
+        try:
+            visible.record = active.record = record
             output = base.forward(self, *args, **kwargs)
-            group.visible.has_run = True
+            visible.has_run = True
             return output
+        finally:
+            visible.record, active.record = above, below
 
     def set_state(self: Any, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
@@ -289,7 +333,10 @@ def _tensor_property(tensor_name: str) -> property:
             if original is not None and len(modules) == 1:
                 found = lookup(record, id(modules["0"]), original)
                 if found is not None:
-                    return found
+                    # As is_plain says, without a call; what a checkpoint reads is noted.
+                    if grad_enabled() and top_hooks(False) is None and graph_task() == -1:
+                        return found
+                    return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:
             return parametrizations()
         refuse_to_trace_what_is_cached()

@@ -17,12 +17,12 @@ from typing_extensions import Self
 
 from .. import backends
 from ..layout import compute_dtype, matrix_shape
-from ..normalization import normalize_layers, with_gain
+from ..normalization import Results, normalize_layers, with_gain
 from ..reference import Order, weight_matrix
 from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight
-from .active import Visible, active, hidden_saves, lookup
-from .history import History
+from .active import Visible, active, hidden_saves, is_plain, lookup, serving
+from .history import NO_REGIONS, Entry, open_regions
 from .sharded import is_sharded, normalize_sharded
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
-_NOT_COPIED = (*IN_GROUP, "_history", "_last_weight", "_start_from")
+_NOT_COPIED = (*IN_GROUP, "_last_weight", "_start_from")
 _SETTINGS = {*LayerSettings._fields, "backend"}
 
 
@@ -105,7 +105,6 @@ class SpectralNorm(StockSpectralNorm):
     _visible: Visible | None = None
     _place: int = -1
     _group: "weakref.ref[SpectralGroup] | None" = None
-    _history: History | None = None
     # Of a layer that came with PyTorch's hook: the hook (hook.py), and what it has kept.
     _hook: Any = None
     _last_weight: LastWeight | None = None
@@ -203,28 +202,49 @@ class SpectralNorm(StockSpectralNorm):
         if is_dynamo_compiling():
             visible = self._visible_weight(weight)
             return self._normalize(weight) if visible is None else visible
-        in_force = lookup(active.record, id(self), weight)
-        if in_force is not None:
+        record = active.record
+        in_force = None if record is None else lookup(record, id(self), weight)
+        if in_force is not None and record is not None and is_plain(record):
             return in_force
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed block is computed again
-            with hidden_saves():
-                return self._normalize_again(weight)
+        if in_force is None and self._is_outside_of_checkpoints():
+            return self._normalize(weight)
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            return self._normalize(weight, remember=self.training)
-        with hidden_saves():  # a checkpoint, perhaps: what it counts must be as above
-            return self._normalize(weight, remember=self.training)
+            return self._in_checkpoint(weight, in_force)
+        with hidden_saves():  # forward and recomputation must save as many tensors
+            return self._in_checkpoint(weight, in_force)
 
-    def _normalize_again(self, weight: Tensor) -> Tensor:
-        """Normalize this layer as the forward did that is now computed again for its backward."""
-        group = None if self._group is None else self._group()
-        entries = [] if self._history is None else [self._history.find()]
-        if group is not None:
-            entries.append(group.history.find())
-        found = max((e for e in entries if e is not None), key=lambda e: e.number, default=None)
-        if not self.training or found is None:
-            return self._normalize(weight, update=False)
-        vectors = found.vectors(id(self))
-        return self._normalize(weight, update=False, vectors=vectors)
+    def _is_outside_of_checkpoints(self) -> bool:
+        return (
+            torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            and torch._C._current_graph_task_id() == -1
+            and (torch.is_grad_enabled() or not self.training)
+        )
+
+    def _in_checkpoint(self, weight: Tensor, in_force: Tensor | None) -> Tensor:
+        """Return the weight that a checkpoint reads, and note its vectors for the recomputation."""
+        regions = open_regions()
+        if regions is NO_REGIONS:
+            return self._normalize(weight) if in_force is None else in_force
+        record = None if in_force is None else serving(active.record, id(self), weight)
+        known = NO_REGIONS if record is None else record.regions
+        if record is not None and regions.replayed in (None, known.replayed):
+            assert in_force is not None
+            normalized, entry = in_force, record.entry
+        else:
+            known, found = NO_REGIONS, None
+            if regions.replayed is not None:
+                found = regions.replay(self)
+            vectors = None if found is None else found.vectors(id(self))
+            update = self.training and regions.replayed is None
+            normalized, results = self._compute(weight, update, vectors)
+            entry = Entry({id(self): 0}, results.saved, [self._vector_sizes])
+        if entry is not None:
+            regions.note(self, entry, known.recorded)
+        return normalized
+
+    @property
+    def _vector_sizes(self) -> tuple[int, int]:
+        return (0, 0) if self.is_vector else (len(self._u), len(self._v))
 
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""
@@ -240,16 +260,18 @@ class SpectralNorm(StockSpectralNorm):
             return None
         return normalized
 
-    def _normalize(
-        self,
-        weight: Tensor,
-        update: bool | None = None,
-        remember: bool = False,
-        vectors: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def _normalize(self, weight: Tensor) -> Tensor:
         """Normalize this layer alone."""
+        group = None if self._group is None or is_dynamo_compiling() else self._group()
+        if group is not None and self.training:
+            group.count_lone()
+        return self._compute(weight, self.training)[0]
+
+    def _compute(
+        self, weight: Tensor, update: bool, vectors: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Results]:
+        """Normalize this layer alone, with its own vectors or with others."""
         u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
-        update = self.training if update is None else update
         if is_sharded(weight):
             return self._normalize_shards(weight, u, v, update)
         try:
@@ -259,19 +281,17 @@ class SpectralNorm(StockSpectralNorm):
         except Exception:
             self.check(weight)
             raise
-        if remember and results.saved:
-            history = self._history or History()
-            self.__dict__["_history"] = history
-            history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
-        return with_gain(results.normalized[0], self.learned_gain, self.dim)
+        return with_gain(results.normalized[0], self.learned_gain, self.dim), results
 
-    def _normalize_shards(self, weight: Tensor, u: Any, v: Any, update: bool) -> Tensor:
+    def _normalize_shards(
+        self, weight: Tensor, u: Any, v: Any, update: bool
+    ) -> tuple[Tensor, Results]:
         """Normalize a distributed weight that is not in a forward; all of its ranks must do so."""
         self.check(weight)
         settings = Settings.of([self.settings])
         results = normalize_sharded([weight], [u], [v], settings, update, self.backend)
         gain, dim = self.learned_gain, self.dim
-        return results.units[0].normalized(weight, lambda x: with_gain(x, gain, dim))
+        return results.units[0].normalized(weight, lambda x: with_gain(x, gain, dim)), results
 
     @property
     def is_vector(self) -> bool:
@@ -322,7 +342,7 @@ class SpectralNorm(StockSpectralNorm):
         if name in _SETTINGS and self._group is not None:
             group = self._group()
             if group is not None:
-                group.invalidate()
+                group.changed(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the group: a copied layer belongs to the copied group or to none."""
@@ -338,6 +358,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Follow the weight to devices and dtypes, but with wide vectors not to half precision."""
+        self._forget_calls()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, vector in before.items():
@@ -346,6 +367,12 @@ class SpectralNorm(StockSpectralNorm):
                 continue
             self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
         return self
+
+    def _forget_calls(self) -> None:
+        """Let the group hold no tensor in C++, before torch may exchange the weight."""
+        group = None if self._group is None else self._group()
+        if group is not None:
+            group.forget_calls()
 
     def convert_vectors(self, dtype: torch.dtype) -> None:
         """Keep ``_u`` and ``_v`` in another dtype from now on."""
