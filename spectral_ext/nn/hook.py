@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import active, hidden_saves, lookup
+from .active import Record, active, hidden_saves, is_plain, lookup
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -72,7 +72,10 @@ class GroupHook(StockHook):
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
         weight = list_.original
         found = _in_force(norm, weight)
-        if found is None or not (self.called or found is weight):
+        if found is not None and (self.called or found is weight):
+            if not is_dynamo_compiling() and not is_plain(cast(Record, active.record)):
+                found = norm(weight)  # what a checkpoint reads is noted
+        else:
             last = norm._last_weight
             if last is not None:
                 found = last.weight
