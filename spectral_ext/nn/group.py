@@ -381,7 +381,7 @@ class SpectralGroup:
             return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         if plan.hooks:
-            tensors, on_trial = plan.begin_forward(tensors)
+            tensors, on_trial = plan.begin_forward(tensors, training)
         at_once = self.update == "forward" and not on_trial
         results = self._normalize_at_once(plan, training) if at_once else None
         if results is not None:
