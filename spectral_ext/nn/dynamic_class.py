@@ -303,13 +303,17 @@ def _lowest(module: Module) -> type[Module]:
 def _load_from_state_dict(
     self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
 ) -> None:
-    """Load checkpoints of stock's hook too."""
+    """Load checkpoints of stock's hook, of a plain model, and of weights alone too."""
     for name, list_ in parametrization_lists(self).items():
-        if isinstance(list_[0], StockSpectralNorm):
-            read_hook_layout(list_[0], name, state_dict, prefix, local_metadata)
-            keys = f"{prefix}parametrizations.{name}."
-            if f"{keys}original" in state_dict and f"{keys}0._u" not in state_dict:
-                list_[0].__dict__["_start_from"] = list_  # new vectors, once the weight is there
+        norm = list_[0]
+        if not isinstance(norm, StockSpectralNorm):
+            continue
+        read_hook_layout(norm, name, state_dict, prefix, local_metadata)
+        original = f"{prefix}parametrizations.{name}.original"
+        if len(list_) == 1 and f"{prefix}{name}" in state_dict and original not in state_dict:
+            state_dict[original] = state_dict.pop(f"{prefix}{name}")
+        if original in state_dict and type(norm) is not StockSpectralNorm:
+            norm.__dict__["_start_from"] = list_  # for its vectors, once the weight is there
     super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 

@@ -296,6 +296,7 @@ def _take(found: _Found, candidate: SpectralNorm) -> Layer:
         candidate = _with_class(norm, SpectralNorm)
     weight = parametrization_lists(module)[found.tensor_name].original
     candidate.convert_vectors(compute_dtype(weight.dtype))
+    candidate.mend_vectors(weight)
     object.__setattr__(candidate, "label", found.label)
     return Layer(found.name, module, found.tensor_name, candidate)
 

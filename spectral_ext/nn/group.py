@@ -130,9 +130,11 @@ class SpectralGroup:
         return log_dict(self, prefix)
 
     def check(self) -> None:
-        """Raise if a σ was not finite in any forward since the last check.
+        """Raise if a σ was not finite in any forward since the last check, or is 0 of a weight that is not.
 
-        For groups with ``check_finite``. The forwards note it on the device; only this waits.
+        For groups with ``check_finite``. The forwards note it on the device; only this waits. Where the
+        σ of the last forward is 0, it looks at the weight, ``u`` and ``v`` too: the next forward may find
+        another σ.
 
         Raises:
             FloatingPointError: names the layers.
@@ -144,6 +146,19 @@ class SpectralGroup:
         if names:
             raise FloatingPointError(
                 f"the spectral norm was not finite since the last check: {', '.join(names)}"
+            )
+        layers = self.layers
+        sigmas = self._last.sigmas(layers)
+        zero = [] if sigmas is None else (sigmas == 0).tolist()
+        names = [
+            layer.qualified_name
+            for layer, is_zero in zip(layers, zero, strict=False)
+            if is_zero and not layer.parametrization.finds_sigma(layer.weight)
+        ]
+        if names:
+            raise FloatingPointError(
+                "the spectral norm is 0 and the weight is not, so it is not normalized: "
+                f"{', '.join(names)}; call warm_start() or reset u and v"
             )
 
     @torch.no_grad()
@@ -159,7 +174,8 @@ class SpectralGroup:
     def warm_start(self, n_power_iterations: int = 15) -> None:
         """Advance ``u`` and ``v`` of all layers by so many iterations, after a jump of the weights.
 
-        Loading a checkpoint that has weights and no vectors does so by itself.
+        Vectors that are zero or not finite restart. Loading a checkpoint that has weights and no
+        vectors does so by itself.
         """
         if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
             raise TypeError("n_power_iterations must be an int")
@@ -170,7 +186,12 @@ class SpectralGroup:
         settings = plan.settings._replace(
             n_power_iterations=[n_power_iterations] * count, tols=[0.0] * count
         )
+        norms = [layer.parametrization for layer in plan.layers]
+        for norm in norms:
+            norm.make_unit_vectors()
         self._run(plan, tensors, list(range(count)), [True] * count, settings)
+        for norm in norms:
+            norm.make_unit_vectors()
 
     def sigma_of(self, name: str) -> Tensor:
         """Return σ of one layer as a 0-D tensor.

@@ -17,13 +17,13 @@ from typing_extensions import Self
 
 from .. import backends
 from ..layout import compute_dtype, matrix_shape
-from ..normalization import Results, normalize_layers, with_gain
-from ..reference import Order, weight_matrix
+from ..normalization import Results, is_traced, normalize_layers, with_gain
+from ..reference import Order, is_usable, start_vector, unit_vector, weight_matrix
 from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight
 from .active import Visible, active, hidden_saves, is_plain, lookup, serving
 from .history import NO_REGIONS, Entry, open_regions
-from .sharded import is_sharded, normalize_sharded
+from .sharded import is_sharded, local_part, normalize_sharded
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
@@ -145,6 +145,7 @@ class SpectralNorm(StockSpectralNorm):
             self._register_random_vectors(weight)
             if order == "u_first":
                 self.warm_start(weight)
+        self.mend_vectors(weight)  # the iterations of PyTorch leave zeros of a weight below eps
         if init == "svd" and not is_vector:
             self._use_singular_vectors(weight)
         if gain is not None:
@@ -173,12 +174,60 @@ class SpectralNorm(StockSpectralNorm):
 
     @torch.no_grad()
     def warm_start(self, weight: Tensor, n_power_iterations: int = 15) -> None:
-        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight."""
+        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight.
+
+        They are unit vectors afterwards, whatever they were before.
+        """
         if not self.is_vector:
             settings = self.settings._replace(n_power_iterations=n_power_iterations, tol=0.0)
             vectors = ([self._buffers["_u"]], [self._buffers["_v"]])
             normalize = normalize_sharded if is_sharded(weight) else normalize_layers
+            self.make_unit_vectors()
             normalize([weight], *vectors, Settings.of([settings]), True, "reference")
+            self.make_unit_vectors()  # eps makes vectors of very small weights shorter
+
+    @torch.no_grad()
+    def mend_vectors(self, weight: Tensor | None) -> None:
+        """Find ``_u`` and ``_v`` again where one of them is zero or not finite.
+
+        Good vectors keep their bits. Looks at values, for which the host waits.
+
+        Args:
+            weight: to iterate with; None makes unit vectors alone.
+        """
+        parts = self._vector_parts()
+        if not all(_has_values(part) for part in parts):
+            return
+        if all(is_usable(part) for part in parts):
+            return
+        if weight is None or not _has_values(local_part(weight)):
+            self.make_unit_vectors()
+        else:
+            self.warm_start(weight)
+
+    @torch.no_grad()
+    def finds_sigma(self, weight: Tensor) -> bool:
+        """Return whether the weight is zero, or a product of it with ``u`` or ``v`` is not."""
+        weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+        if self.is_vector or not weight.any():
+            return True
+        matrices = [weight_matrix(part, self.dim) for part in weight.chunk(self.blocks)]
+        vectors = [self._buffers[name].to(weight.dtype).chunk(self.blocks) for name in ("_u", "_v")]  # type: ignore[union-attr]
+        return all(
+            bool((m.mH @ u).any() & (m @ v).any())
+            for m, u, v in zip(matrices, *vectors, strict=True)
+        )
+
+    def _vector_parts(self) -> list[Tensor]:
+        """Return ``_u`` and ``_v``, each in its blocks."""
+        vectors = [self._buffers.get(name) for name in ("_u", "_v")]
+        return [part for x in vectors if x is not None for part in x.chunk(self.blocks)]
+
+    @torch.no_grad()
+    def make_unit_vectors(self) -> None:
+        """Divide ``_u`` and ``_v`` by their norms if these are off, and restart those of no use."""
+        for part in self._vector_parts():
+            part.copy_(unit_vector(part))
 
     @torch.no_grad()
     def _first_gain(self, weight: Tensor, gain: Gain) -> Tensor:
@@ -363,9 +412,12 @@ class SpectralNorm(StockSpectralNorm):
         super()._apply(fn, recurse)
         for name, vector in before.items():
             now = self._buffers[name]
-            if vector is None or now is None or vector.dtype == now.dtype:
+            if vector is None or now is None:
                 continue
-            self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
+            if vector.is_meta and not now.is_meta:  # to_empty
+                self._buffers[name] = self._start_vector(now)
+            elif vector.dtype != now.dtype:
+                self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
         return self
 
     def _forget_calls(self) -> None:
@@ -374,17 +426,38 @@ class SpectralNorm(StockSpectralNorm):
         if group is not None:
             group.forget_calls()
 
+    def _start_vector(self, like: Tensor) -> Tensor:
+        """Return what ``_u`` or ``_v`` starts from where it has no value."""
+        wide = like.new_empty(like.shape, dtype=compute_dtype(like.dtype))
+        return torch.cat([start_vector(part) for part in wide.chunk(self.blocks)])
+
     def convert_vectors(self, dtype: torch.dtype) -> None:
         """Keep ``_u`` and ``_v`` in another dtype from now on."""
         for name, vector in self._buffers.items():
             if vector is not None and vector.dtype != dtype:
                 self._buffers[name] = vector.to(dtype)
 
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any
+    ) -> None:
+        """Load the vectors, or find them from the weight: a checkpoint may have the weight alone."""
         list_ = self.__dict__.pop("_start_from", None)
-        if list_ is not None:
-            self.warm_start(list_.original)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **keywords)
+        weight = None if list_ is None else list_.original
+        names = [name for name in ("_u", "_v") if name in self._buffers]
+        missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in state_dict]
+        if weight is None or not missing:
+            self.mend_vectors(weight)
+            return
+        if len(missing) == len(names):  # one without the other is a damaged checkpoint
+            missing_keys = keywords["missing_keys"] if "missing_keys" in keywords else rest[2]
+            missing_keys[:] = [key for key in missing_keys if key not in missing]
+        for name in names:
+            vector = self._buffers[name]
+            if vector is not None and vector.is_meta and not weight.is_meta:  # assign=True
+                place = local_part(weight).device
+                self._buffers[name] = self._start_vector(torch.empty_like(vector, device=place))
+        self.warm_start(weight)
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the defaults."""
@@ -397,6 +470,11 @@ class SpectralNorm(StockSpectralNorm):
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether the numbers of a tensor can be looked at: not of stand-ins."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not is_traced()
 
 
 def stock_hook(module: Module, name: str) -> StockHook | None:

@@ -5,7 +5,6 @@ objects; the group compares their identities on every entry and makes a new plan
 exchanged. Making a plan checks every layer, so that a call that starts is a call that can write.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -202,6 +201,11 @@ class Plan:
             (0, 0) if u is None or v is None else (len(u), len(v))
             for u, v in zip(self._units.us, self._units.vs, strict=True)
         ]
+        # For each unit the names of its layers.
+        self.names = [""] * len(self._leads)
+        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
+            before = f"{self.names[unit]}, " if self.names[unit] else ""
+            self.names[unit] = before + layer.qualified_name
         self._units_of_weight = Counter(id(weight) for weight in columns.weights)
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
@@ -303,7 +307,12 @@ class Plan:
     def is_on_trial(self, unit: int) -> bool:
         """Return whether the modules of a unit have PyTorch's hook, and none of them was called yet."""
         hooks = self.hooks.get(unit)
-        return hooks is not None and not any(hook.called for hook in hooks)
+        if hooks is None:
+            return False
+        for hook in hooks:  # noqa: SIM110, Dynamo cannot trace a generator here
+            if hook.called:
+                return False
+        return True
 
     def is_without_bypassed(self) -> bool:
         """Return whether the plan has no layer that the group does not compute any more."""
@@ -403,14 +412,6 @@ class Plan:
         """Where the first unit is; the CPU if there is none."""
         weights = self._units.weights
         return weights[0].device if weights else torch.device("cpu")
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """For each unit the names of its layers."""
-        names = [""] * len(self._leads)
-        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
-            names[unit] += f", {layer.qualified_name}" if names[unit] else layer.qualified_name
-        return names
 
     def training(self) -> list[bool]:
         """Return for each unit whether to update: where a layer of it is in training."""
