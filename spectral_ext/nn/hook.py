@@ -56,6 +56,8 @@ class GroupHook(StockHook):
         weight = list_.original
         if is_dynamo_compiling():
             is_in_force = norm._visible_weight(weight) is not None
+            if not self.called and is_in_force:
+                _take_vectors(norm, norm._visible.record.on_trial.get(norm._place))  # type: ignore[union-attr]
             normalized = norm(weight)
             # What compiled code keeps is an output of its graph; so it keeps only what is not in force.
             norm._last_weight = None if is_in_force else LastWeight(normalized)
@@ -147,13 +149,16 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     while record is not None:
         place = record.index.get(id(norm))
         if place is not None and record.on_trial and record.weights[place] is weight:
-            vectors = record.on_trial.pop(place, None)
-            if vectors is not None:
-                with torch.no_grad():
-                    for name, vector in zip(("_u", "_v"), vectors, strict=True):
-                        norm._buffers[name].copy_(vector)  # type: ignore[union-attr]
+            _take_vectors(norm, record.on_trial.pop(place, None))
             return
         record = record.below
+
+
+def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
+    if vectors is not None:
+        with torch.no_grad():
+            norm._u.copy_(vectors[0])
+            norm._v.copy_(vectors[1])
 
 
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
