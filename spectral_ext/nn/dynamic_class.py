@@ -272,7 +272,10 @@ def _properties_of_hook(tensor_name: str) -> dict[str, Any]:
     """Return the attributes that PyTorch's hook gives a module; see hook.py."""
 
     def get(self: Any) -> Any:
-        return self.parametrizations[tensor_name][0]._hook.read(self)
+        if is_dynamo_compiling():
+            return self.parametrizations[tensor_name][0]._hook.read(self)
+        lists = self._modules["parametrizations"]._modules
+        return lists[tensor_name]._modules["0"]._hook.read(self)
 
     def set_(self: Any, value: Tensor) -> None:
         self.parametrizations[tensor_name][0]._hook.assign(self, value)

@@ -53,7 +53,7 @@ class GroupHook(StockHook):
         if found is None:
             return  # the parametrization was removed
         list_, norm = found
-        weight = list_.original
+        weight = _original(list_)
         if is_dynamo_compiling():
             is_in_force = norm._visible_weight(weight) is not None
             if not self.called and is_in_force:
@@ -64,7 +64,10 @@ class GroupHook(StockHook):
         else:
             if not self.called:
                 _end_trial(norm, weight)
-            normalized = norm(weight)
+            in_force = lookup(active.record, id(norm), weight)
+            if in_force is None or not is_plain(cast(Record, active.record)):
+                in_force = norm(weight)  # alone, or as a checkpoint has to note it
+            normalized = in_force
             may_keep = not (is_traced() or is_sharded(weight) or _is_gathered(list_))
             norm.__dict__["_last_weight"] = LastWeight(normalized) if may_keep else None
         self.called = True
@@ -72,7 +75,7 @@ class GroupHook(StockHook):
     def read(self, module: Module) -> Tensor:
         """Return what an access of the weight gives."""
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
-        weight = list_.original
+        weight = _original(list_)
         found = _in_force(norm, weight)
         if found is not None and (self.called or found is weight):
             if not is_dynamo_compiling() and not is_plain(cast(Record, active.record)):
@@ -131,6 +134,13 @@ def leave_groups(norms: Iterable[SpectralNorm]) -> None:
         root = group.root
         if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
             unwrap(root)
+
+
+def _original(list_: ParametrizationList) -> Tensor:
+    if is_dynamo_compiling():
+        return list_.original
+    weight = list_._parameters.get("original")  # without a search for the attribute
+    return list_.original if weight is None else weight
 
 
 def _is_gathered(list_: ParametrizationList) -> bool:
