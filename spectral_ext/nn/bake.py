@@ -244,13 +244,13 @@ def _warn_if_not_iterated(tensor: _Normalized, name: str) -> None:
         norm = cast(SpectralNorm, parametrization_lists(module)[tensor.name][0])
         u, v, dim = norm._u, norm._v, norm.dim
     with torch.no_grad():
-        assert u is not None
+        assert u is not None and v is not None
         product = weight_matrix(tensor.originals[0], dim).to(u.dtype) @ v
         if u.dot(product) < 0.5 * product.norm():
             warnings.warn(
-                f"{label}: the layer was never called and its u and v were never iterated, so its baked weight "
-                "is wrong by a factor. If the layer was trained, another module reads its weight before "
-                "normalization: run the model once before bake, which then leaves the weight as it is",
+                f"{label}: the layer was never called and its u and v were never iterated, so its baked "
+                "weight is wrong by a factor. If the layer was trained, another module reads its weight "
+                "before normalization: run the model once before bake, which then leaves the weight as it is",
                 stacklevel=3,
             )
 

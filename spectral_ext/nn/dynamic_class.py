@@ -7,11 +7,9 @@ its place, with faster properties; pickle and ``copy`` make the class anew for e
 
 The root of a fused model gets a subclass whose ``forward`` enters the group.
 
-These classes have the names of the classes below them, and ``__init_subclass__`` and the metaclass of the
-user do not see them: a registry of classes would list them, or refuse them.
+These classes have the names of the classes below them (quiet_class.py).
 """
 
-import abc
 import functools
 import weakref
 from collections.abc import Collection, Iterable, Iterator
@@ -38,6 +36,7 @@ from .active import (
     top_hooks,
 )
 from .hook_keys import read_hook_layout
+from .quiet_class import class_of_stock, quiet_class, subclass
 
 __all__ = [
     "GROUP",
@@ -136,7 +135,7 @@ def fused_class(base: type[Module]) -> type[Module]:
         "__setstate__": set_state,
         "forward": forward,
     }
-    cls = _subclass(base, body)
+    cls = subclass(base, body)
     _fused_classes[base] = weakref.ref(cls)
     return cls
 
@@ -203,7 +202,7 @@ def take_off(module: Module, name: str) -> Tensor:
 def stock_class(module: Module) -> None:
     """Give a parametrized module the class that ``parametrize`` would give it."""
     whole, ours = type(module), class_of_parametrizations(module)
-    module.__class__ = _class_of_stock(ours.__bases__[0])
+    module.__class__ = class_of_stock(ours.__bases__[0])
     for name in parametrization_lists(module):
         parametrize._inject_property(module, name)
     module.__class__ = _exchanged(whole, ours, type(module))
@@ -229,44 +228,7 @@ def _exchanged(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
         _exchanged(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
     )
     body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return _quiet_class(cls.__name__, tuple(bases), body)
-
-
-class _Quiet:
-    """The first base of a class while it is made, in front of bases that listen to it."""
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        pass
-
-
-def _quiet_class(name: str, bases: tuple[type[Any], ...], body: dict[str, Any]) -> type[Any]:
-    """Make a class without a call of ``__init_subclass__`` or of the user's metaclass."""
-    kinds = [type(base) for base in bases]
-    kind = next(k for k in kinds if all(issubclass(k, other) for other in kinds))
-    new = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
-    cls = new(kind, name, (_Quiet, *bases), body)
-    type.__dict__["__bases__"].__set__(cls, bases)
-    return cls
-
-
-def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
-    """Make a subclass that has the names of its base."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return _quiet_class(base.__name__, (base,), names | body)
-
-
-def _class_of_stock(base: type[Module]) -> type[Any]:
-    """Return the class that ``parametrize`` makes for a module."""
-    stand_in = Module()
-    parametrize._inject_new_class(stand_in)
-    body = {
-        key: value
-        for key, value in type(stand_in).__dict__.items()
-        if key in ("__module__", "__getstate__", "__deepcopy__")
-    }
-    if hasattr(base, "__deepcopy__"):
-        body.pop("__deepcopy__", None)
-    return _quiet_class(f"Parametrized{base.__name__}", (base,), body)
+    return quiet_class(cls.__name__, tuple(bases), body)
 
 
 def unwrap(root: Module) -> None:
@@ -285,7 +247,7 @@ def _parametrized_class(base: type[Module], tensors: dict[str, bool]) -> type[Mo
         "__reduce_ex__": _reduce_ex,
         "_load_from_state_dict": _load_from_state_dict,
     }
-    return _subclass(base, body)
+    return subclass(base, body)
 
 
 def _kinds_of_tensors(module: Module) -> dict[str, bool]:
@@ -310,7 +272,10 @@ def _properties_of_hook(tensor_name: str) -> dict[str, Any]:
     """Return the attributes that PyTorch's hook gives a module; see hook.py."""
 
     def get(self: Any) -> Any:
-        return self.parametrizations[tensor_name][0]._hook.read(self)
+        if is_dynamo_compiling():
+            return self.parametrizations[tensor_name][0]._hook.read(self)
+        lists = self._modules["parametrizations"]._modules
+        return lists[tensor_name]._modules["0"]._hook.read(self)
 
     def set_(self: Any, value: Tensor) -> None:
         self.parametrizations[tensor_name][0]._hook.assign(self, value)

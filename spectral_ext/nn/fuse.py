@@ -92,11 +92,11 @@ def fuse(
     share ``u`` and ``v`` until they are unfused; they are updated where one of them is in training.
     Fusing again makes a new group; a layer belongs to the group that took it last.
 
-    A layer that had PyTorch's hook keeps a hook of its subclass, its attributes (``weight_orig``, ``weight_u``,
+    A layer that had PyTorch's hook keeps a subclass of it, its attributes (``weight_orig``, ``weight_u``,
     ``weight_v``) and its rules. Outside of the forward of ``model``, each call of the layer makes one
     iteration, and an access gives the weight of the last call. Before the first call it gives the weight
     before normalization, and so it does for a layer that is never called since another module reads its
-    weight (``nn.MultiheadAttention.out_proj``). The group computes such a layer in no forward after the first.
+    weight (``nn.MultiheadAttention.out_proj``). After the first forward the group leaves such a layer out.
 
     ``DistributedDataParallel`` may be around the model before or after it is fused. ``u`` and ``v`` are the
     same on all ranks, if they have started so: DDP sends them once unless ``broadcast_buffers=False``.

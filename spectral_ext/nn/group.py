@@ -402,7 +402,7 @@ class SpectralGroup:
             return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         if plan.hooks:
-            tensors, on_trial = plan.begin_forward(tensors)
+            tensors, on_trial = plan.begin_forward(tensors, training)
         at_once = self.update == "forward" and not on_trial
         results = self._normalize_at_once(plan, training) if at_once else None
         if results is not None:
@@ -542,15 +542,23 @@ class SpectralGroup:
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
         updates = [mode and self.update != "manual" for mode in plan.training()]
-        # A sharded layer is computed alone where its weight is whole, and one on trial where its hook runs.
-        places = [
-            place
-            for place, update in enumerate(updates)
-            if place not in plan.sharded and not (update and plan.is_on_trial(place))
-        ]
+        places, on_trial = [], {}
+        weights, us, vs = tensors
+        for place, update in enumerate(updates):
+            if place in plan.sharded:
+                continue  # it is computed alone where its weight is whole
+            if plan.is_on_trial(place):
+                if self.visible.has_run:
+                    continue  # it is bypassed
+                if update:
+                    us[place], vs[place] = us[place].clone(), vs[place].clone()  # type: ignore[union-attr]
+                    on_trial[place] = us[place], vs[place]
+            places.append(place)
         parts = self._normalize(plan, tensors, places, updates)
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
-        return Record({}, tensors.weights, normalized, [], None)
+        record = Record({}, weights, normalized, [], None)
+        record.on_trial = on_trial  # type: ignore[assignment]
+        return record
 
     def _gather(self) -> tuple[Plan, UnitTensors]:
         """Return a plan that holds, and the tensors of its units."""

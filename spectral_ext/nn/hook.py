@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import active, hidden_saves, lookup
+from .active import Record, active, hidden_saves, is_plain, lookup
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -53,16 +53,21 @@ class GroupHook(StockHook):
         if found is None:
             return  # the parametrization was removed
         list_, norm = found
-        weight = list_.original
+        weight = _original(list_)
         if is_dynamo_compiling():
             is_in_force = norm._visible_weight(weight) is not None
+            if not self.called and is_in_force:
+                _take_vectors(norm, norm._visible.record.on_trial.get(norm._place))  # type: ignore[union-attr]
             normalized = norm(weight)
             # What compiled code keeps is an output of its graph; so it keeps only what is not in force.
             norm._last_weight = None if is_in_force else LastWeight(normalized)
         else:
             if not self.called:
                 _end_trial(norm, weight)
-            normalized = norm(weight)
+            in_force = lookup(active.record, id(norm), weight)
+            if in_force is None or not is_plain(cast(Record, active.record)):
+                in_force = norm(weight)  # alone, or as a checkpoint has to note it
+            normalized = in_force
             may_keep = not (is_traced() or is_sharded(weight) or _is_gathered(list_))
             norm.__dict__["_last_weight"] = LastWeight(normalized) if may_keep else None
         self.called = True
@@ -70,9 +75,12 @@ class GroupHook(StockHook):
     def read(self, module: Module) -> Tensor:
         """Return what an access of the weight gives."""
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
-        weight = list_.original
+        weight = _original(list_)
         found = _in_force(norm, weight)
-        if found is None or not (self.called or found is weight):
+        if found is not None and (self.called or found is weight):
+            if not is_dynamo_compiling() and not is_plain(cast(Record, active.record)):
+                found = norm(weight)  # what a checkpoint reads is noted
+        else:
             last = norm._last_weight
             if last is not None:
                 found = last.weight
@@ -100,8 +108,8 @@ class GroupHook(StockHook):
     def _find(self, module: Module) -> tuple[ParametrizationList, SpectralNorm] | None:
         """Return the parametrizations of the tensor, and the one that came with this hook."""
         if is_dynamo_compiling():
-            list_ = module.parametrizations[self.name]  # type: ignore[index, union-attr]
-            return list_, list_[0]
+            traced = cast("dict[str, Any]", module.parametrizations)[self.name]
+            return traced, traced[0]
         list_ = parametrization_lists(module).get(self.name)
         norm = None if list_ is None else list_._modules.get("0")
         return (list_, norm) if isinstance(norm, SpectralNorm) else None  # type: ignore[return-value]
@@ -128,6 +136,13 @@ def leave_groups(norms: Iterable[SpectralNorm]) -> None:
             unwrap(root)
 
 
+def _original(list_: ParametrizationList) -> Tensor:
+    if is_dynamo_compiling():
+        return list_.original
+    weight = list_._parameters.get("original")  # without a search for the attribute
+    return list_.original if weight is None else weight
+
+
 def _is_gathered(list_: ParametrizationList) -> bool:
     return bool(list_.__dict__.get("_is_fsdp_managed_module"))
 
@@ -144,13 +159,16 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     while record is not None:
         place = record.index.get(id(norm))
         if place is not None and record.on_trial and record.weights[place] is weight:
-            vectors = record.on_trial.pop(place, None)
-            if vectors is not None:
-                with torch.no_grad():
-                    for name, vector in zip(("_u", "_v"), vectors, strict=True):
-                        norm._buffers[name].copy_(vector)  # type: ignore[union-attr]
+            _take_vectors(norm, record.on_trial.pop(place, None))
             return
         record = record.below
+
+
+def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
+    if vectors is not None:
+        with torch.no_grad():
+            norm._u.copy_(vectors[0])
+            norm._v.copy_(vectors[1])
 
 
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def was_called(module: Module, hook: StockHook) -> bool:
         return True
     if attribute.shape != weight.shape or attribute.is_meta or u.is_meta:
         return False
-    if torch._C._is_alias_of(attribute, weight):
+    if torch._C._is_alias_of(attribute, weight):  # type: ignore[attr-defined]
         return False
     with torch.no_grad():
         matrix = hook.reshape_weight_to_matrix(attribute.to(u.device, u.dtype))

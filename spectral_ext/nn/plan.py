@@ -319,7 +319,7 @@ class Plan:
         return not any(p.is_bypassed for p in self._parametrizations)
 
     def begin_forward(
-        self, tensors: UnitTensors
+        self, tensors: UnitTensors, training: list[bool]
     ) -> tuple[UnitTensors, dict[int, tuple[Tensor, Tensor]]]:
         """Let the layers forget the weights of their last calls; return copies of vectors on trial.
 
@@ -334,6 +334,8 @@ class Plan:
         weights, us, vs = tensors.weights, list(tensors.us), list(tensors.vs)
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for unit in filter(self.is_on_trial, self.hooks):
+            if not training[unit]:
+                continue  # its vectors stay as they are
             u, v = us[unit], vs[unit]
             assert u is not None and v is not None
             copies[unit] = us[unit], vs[unit] = u.detach().clone(), v.detach().clone()

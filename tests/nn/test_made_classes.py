@@ -4,6 +4,7 @@ import abc
 import copy
 import io
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Keyword(nn.Module):
 class Named(nn.Module):
     """A registry by name, which takes no name twice."""
 
-    known: list[str] = []
+    known: ClassVar[list[str]] = []
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
@@ -36,7 +37,7 @@ class Named(nn.Module):
 class Meta(type):
     """A registry in a metaclass, with a keyword."""
 
-    known: list[str] = []
+    known: ClassVar[list[str]] = []
 
     def __new__(cls, name, bases, body, *, key):
         Meta.known.append(name)
@@ -164,7 +165,7 @@ def test_made_classes_have_the_names_of_the_users():
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             assert getattr(made, name) == getattr(cls, name)
         assert parametrize.type_before_parametrizations(module).__name__ == cls.__name__
-    assert repr(net).splitlines()[:2] == text.splitlines()[:1] + ["  (0): Linear("]
+    assert repr(net).splitlines()[:2] == [*text.splitlines()[:1], "  (0): Linear("]
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
@@ -235,7 +236,7 @@ def test_an_error_while_classes_are_made_changes_nothing(monkeypatch):
     net = make(STOCK["u_first"], STOCK["v_first"])
     shape = [(name, type(module)) for name, module in net.named_modules()]
     keys = list(net.state_dict())
-    make_class, calls = dynamic_class._quiet_class, []
+    make_class, calls = dynamic_class.subclass, []
 
     def refuse_the_third(*arguments):
         calls.append(1)
@@ -243,7 +244,7 @@ def test_an_error_while_classes_are_made_changes_nothing(monkeypatch):
             raise TypeError("no more subclasses")
         return make_class(*arguments)
 
-    monkeypatch.setattr(dynamic_class, "_quiet_class", refuse_the_third)
+    monkeypatch.setattr(dynamic_class, "subclass", refuse_the_third)
     with pytest.raises(TypeError, match="no more subclasses"):
         spectral_ext.fuse(net)
     assert [(name, type(module)) for name, module in net.named_modules()] == shape
