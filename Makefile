@@ -43,7 +43,7 @@ $(GROUPS:%=test-%): test-%: $(VENV)/installed  ## the tests of one folder
 
 test-clients: $(VENV)/clients.json
 
-bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit
+bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit ("--at-most 1.03" fails if slower)
 	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\
 	  $(BIN)/python bench/run.py $(BENCH_ARGS) && $(BIN)/python bench/plot.py)
 

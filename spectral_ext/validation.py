@@ -33,15 +33,18 @@ class DimensionError(IndexError, ValueError):
     """``dim`` is out of range. An IndexError as in stock, and a ValueError as for other bad values."""
 
 
+# The built-in types come first in the following checks: they are found without an abstract class.
+
+
 def check_integer(name: str, argument: str, value: object) -> None:
     """Raise TypeError unless ``argument`` of layer ``name`` is an integer of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
 
 
 def check_number(name: str, argument: str, value: object) -> None:
     """Raise TypeError unless ``argument`` of layer ``name`` is a real number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
 
 

@@ -233,7 +233,8 @@ class LazyNorm:
     """A forward pre-hook that normalizes a lazy module once it has a weight.
 
     It was registered after the module's own, which makes the weight. Until it has run, it translates the
-    state dict of a normalized module: the module gets the weight, and the vectors are kept here.
+    state dict of a normalized module: the module gets the weight, and the vectors are kept here. A state
+    dict that is saved in between is again that of a normalized module.
     """
 
     handles: tuple[RemovableHandle, ...]
@@ -241,7 +242,7 @@ class LazyNorm:
     def __init__(self, name: str, *arguments: Any) -> None:
         self.name = name
         self.arguments = arguments
-        self.loaded: dict[str, Tensor] = {}
+        self.loaded: dict[str, Tensor] | None = None
 
     def attach(self, module: Module) -> None:
         """Wait for the first forward of a module, and for state dicts until then."""
@@ -249,24 +250,38 @@ class LazyNorm:
         hooks: Any = module._load_state_dict_pre_hooks
         # Before the module's own, which gives the parameters the shapes of the state dict.
         hooks.move_to_end(loading.id, last=False)
-        self.handles = module.register_forward_pre_hook(self), loading
+        saving = module._register_state_dict_hook(self._save)
+        self.handles = module.register_forward_pre_hook(self), loading, saving
 
     def __call__(self, module: Module, inputs: Any) -> None:
         """Normalize the module, once."""
         for handle in self.handles:
             handle.remove()
         normalize_parameter(module, self.name, *self.arguments)
-        if self.loaded:
+        if self.loaded is not None:
             parametrization_lists(module)[self.name][0].load_state_dict(self.loaded)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Give the module the weight of a normalized one, and keep the other tensors."""
-        place = f"{prefix}parametrizations.{self.name}."
-        if f"{place}original" not in state_dict:
-            return
-        state_dict[f"{prefix}{self.name}"] = state_dict.pop(f"{place}original")
-        keys = [key for key in state_dict if key.startswith(f"{place}0.")]
-        self.loaded = {key[len(f"{place}0.") :]: state_dict.pop(key).clone() for key in keys}
+        original, norm = self._keys(prefix)
+        if f"{prefix}{self.name}" in state_dict:  # of a module without a norm
+            self.loaded = None
+        if original in state_dict:
+            state_dict[f"{prefix}{self.name}"] = state_dict.pop(original)
+            keys = [key for key in state_dict if key.startswith(norm)]
+            self.loaded = {key[len(norm) :]: state_dict.pop(key).clone() for key in keys}
+
+    def _save(self, _: Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+        """Give a state dict the names under which it was loaded."""
+        original, norm = self._keys(prefix)
+        if self.loaded is not None:
+            state_dict[original] = state_dict.pop(f"{prefix}{self.name}")
+            state_dict.update({f"{norm}{key}": value for key, value in self.loaded.items()})
+
+    def _keys(self, prefix: str) -> tuple[str, str]:
+        """Return the key of a normalized module's weight, and the prefix of the norm's tensors."""
+        place = f"{prefix}parametrizations.{self.name}"
+        return f"{place}.original", f"{place}.0."
 
 
 def pending_norm(module: Module, name: str) -> LazyNorm | None:

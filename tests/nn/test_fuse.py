@@ -491,7 +491,7 @@ def test_bad_input_changes_nothing(case):
         ("_u", torch.ones(3).double(), ValueError),
         ("_v", torch.ones(3).double(), ValueError),
         ("_u", torch.ones(7), TypeError),
-        ("eps", 0.0, ValueError),
+        ("eps", -1.0, ValueError),
     ],
 )
 def test_what_is_spoiled_later_is_named_and_nothing_advances(name, wrong, error, backend):

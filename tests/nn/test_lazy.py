@@ -44,6 +44,9 @@ def test_the_state_dict_of_a_normalized_module_loads_before_the_first_forward(
     second = net_of(settings)
     assert str(second.load_state_dict(first.state_dict(), assign=assign)).startswith("<All keys")
     second = copied(second)
+    between = second.state_dict()
+    assert between.keys() == saved.keys()
+    assert all(torch.equal(between[key], saved[key]) for key in saved)
     for net in (first, second):
         net.eval()
     torch.testing.assert_close(second(x), first(x), rtol=0, atol=0)
@@ -55,12 +58,16 @@ def test_the_state_dict_of_a_normalized_module_loads_before_the_first_forward(
     torch.testing.assert_close(second(x), first(x), rtol=0, atol=0)
     assert not any(module._forward_pre_hooks for module in second.modules())
     assert not any(module._load_state_dict_pre_hooks for module in second.modules())
+    assert not any(module._state_dict_hooks for module in second.modules())
 
 
 def test_a_state_dict_without_a_norm_loads_too():
     plain, lazy = nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.LazyLinear(8))
     spectral_ext.spectral_norm(lazy[0])
+    normalized = spectral_ext.spectral_norm(nn.Linear(6, 8))
+    lazy[0].load_state_dict(normalized.state_dict())
     lazy.load_state_dict(plain.state_dict())
+    assert lazy.state_dict().keys() == plain.state_dict().keys()
     lazy(torch.randn(2, 6))
     assert torch.equal(lazy[0].parametrizations.weight.original, plain[0].weight)
 

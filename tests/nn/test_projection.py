@@ -552,7 +552,7 @@ def test_a_lazy_layer_is_refused():
         ({"init": "zeros"}, ValueError, "init must be one of"),
         ({"dim": 2}, IndexError, "but got 2. for body.0.weight"),
         ({"include": 3}, TypeError, "include must be a regular expression"),
-        ({"exclude": "("}, ValueError, "exclude='.' is no regular expression"),
+        ({"exclude": "("}, ValueError, "exclude='.' is not a regular expression"),
         ({"include": "nothing"}, ValueError, "there is nothing to project"),
         ({"backend": "abacus"}, ValueError, "backend='abacus' is unknown"),
     ],
