@@ -46,7 +46,7 @@ class Results:
     computations: list[tuple[Computation, Sequence[int]]]
     convergence: Tensor
     saved: list[tuple[Tensor, Sequence[int]]] = field(default_factory=list)
-    """The saved ``u`` and ``v`` of native calls, each with the layers that it has."""
+    """The ``u`` and ``v`` that were used, in flat tensors, each with the layers that it has."""
 
     def attach(self, weights: list[Tensor], bucket_bytes: int | None) -> dict[int, Tensor]:
         """Return normalized weights with nodes of their own, of the layers that can be attached."""
@@ -115,8 +115,23 @@ def is_recorded() -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether tensors may be stand-ins, which must not be kept beyond this call."""
-    return is_transformed() or is_recorded()
+    """Return whether tensors may be stand-ins, which must not be kept beyond this call.
+
+    Transforms of ``torch.func`` and dual numbers wrap tensors, ``torch.export`` and ``torch.jit.trace`` record
+    what is done to them, and under ``FakeTensorMode`` and ``make_fx`` they have no data or are watched.
+    """
+    if is_transformed() or is_recorded():
+        return True
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in _MODES_OF_STAND_INS)
+
+
+_MODES_OF_STAND_INS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def _normalize_in_one_call(
@@ -230,7 +245,8 @@ def _hasten(output: Tensor) -> None:
 
     It is older than all nodes of the layers, which would all run before it.
     """
-    if output.grad_fn is not None and not torch.compiler.is_compiling():
+    # Dynamo cannot trace a read of grad_fn.
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
         output.grad_fn._set_sequence_nr(_NUMBER_OF_THE_NEXT)  # type: ignore[attr-defined]
 
 
@@ -319,6 +335,7 @@ def _normalize_mixed(
     residuals: list[Any] = [None] * count
     iterations: list[Any] = [None] * count
     computations: list[tuple[Computation, Sequence[int]]] = []
+    saved: list[tuple[Tensor, Sequence[int]]] = []
     # Choose every backend before the first call, so that an error leaves all layers as they were.
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
     for kind, chosen in backends.items():
@@ -346,13 +363,15 @@ def _normalize_mixed(
         normalized[i] = result.weight.to(output_dtype(weights[i], dtype))
         sigma[i] = result.sigma
         residuals[i], iterations[i] = result.residual, result.iterations
+        if us[i] is not None and not by_reference:
+            saved.append((torch.cat([result.u, result.v]).detach(), [i]))
     if not count:
         return Results([], torch.empty(0), [], torch.empty(0))
     sigmas = join(sigma)
     convergence = sigmas.new_empty(0)
     if any(settings.tols):
         convergence = join(residuals + iterations).to(sigmas)
-    saved = [(computation.saved, members) for computation, members in computations]
+    saved += [(computation.saved, members) for computation, members in computations]
     return Results(normalized, sigmas, computations, convergence, saved)
 
 

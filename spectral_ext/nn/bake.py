@@ -197,9 +197,11 @@ def _find_bypassed(model: Module) -> tuple[list[int], dict[int, str]]:
         if called[place] is not False:
             continue
         name = names[tensor.module]
-        if tensor.is_bypassed or _has_run_around(name, tensors, called, names):
-            raw.append(place)
-        elif _is_read_by_attention(model, name):
+        if (
+            tensor.is_bypassed
+            or _has_run_around(name, tensors, called, names)
+            or _is_read_by_attention(model, name)
+        ):
             raw.append(place)
         else:
             doubtful[place] = name

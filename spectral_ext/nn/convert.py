@@ -6,8 +6,8 @@ from typing import Any, Literal
 from torch.nn import Module
 
 from .dynamic_class import parametrization_lists
-from .hook_keys import keys, vectors_of_1d
 from .hook import stock_hooks
+from .hook_keys import keys, vectors_of_1d
 from .parametrization import StockHook, StockSpectralNorm
 
 __all__ = ["Layout", "stock_state_dict"]

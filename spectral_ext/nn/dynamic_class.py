@@ -14,18 +14,29 @@ user do not see them: a registry of classes would list them, or refuse them.
 import abc
 import functools
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import Module, ModuleDict
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
-from .active import Record, active, in_force, lookup
+from .active import (
+    Record,
+    active,
+    grad_enabled,
+    graph_task,
+    in_force,
+    is_plain,
+    lookup,
+    top_hooks,
+)
 from .hook_keys import read_hook_layout
 
 __all__ = [
@@ -40,6 +51,7 @@ __all__ = [
     "parametrization_lists",
     "refuse_to_trace_what_is_cached",
     "register",
+    "spectral_norms",
     "stock_class",
     "take_off",
     "unwrap",
@@ -50,7 +62,22 @@ GROUP = "_spectral_group"
 # The attribute, in the dictionary of a class of this file, that says what made it.
 _KIND = "_spectral_class"
 
+# FX exchanges it while it traces.
+_MODULE_CALL = Module.__call__
+
 _fused_classes: "weakref.WeakKeyDictionary[type, weakref.ref[type]]" = weakref.WeakKeyDictionary()
+
+
+def spectral_norms(modules: Iterable[Module]) -> Iterator[tuple[Any, tuple[Module, str]]]:
+    """Yield stock's and our spectral norms of modules, each with its module and the name of its tensor."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is StockHook:
+                yield hook, (module, hook.name)
+        for name, list_ in parametrization_lists(module).items():
+            for norm in list_:
+                if isinstance(norm, StockSpectralNorm):
+                    yield norm, (module, name)
 
 
 def parametrization_lists(module: Module) -> dict[str, ParametrizationList]:
@@ -71,13 +98,30 @@ def fused_class(base: type[Module]) -> type[Module]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         group = self.__dict__.get(GROUP)
-        if group is None:
+        # The layers of a model that FX traces are traced alone, as stock's are.
+        if group is None or (Module.__call__ is not _MODULE_CALL and is_fx_symbolic_tracing()):
             return base.forward(self, *args, **kwargs)
         group = group.of(self)
-        with group.normalized():
+        visible = group.visible
+        if is_dynamo_compiling():
+            above, visible.record = visible.record, group.trace()
+            try:
+                output = base.forward(self, *args, **kwargs)
+                visible.has_run = True
+                return output
+            finally:
+                visible.record = above
+        record = group.enter()
+        record.below = below = active.record
+        above = None if below is None else visible.record
+        # An interrupt is raised at a call, and there is none in this `finally`.
+        try:
+            visible.record = active.record = record
             output = base.forward(self, *args, **kwargs)
-            group.visible.has_run = True
+            visible.has_run = True
             return output
+        finally:
+            visible.record, active.record = above, below
 
     def set_state(self: Any, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
@@ -297,13 +341,17 @@ def _lowest(module: Module) -> type[Module]:
 def _load_from_state_dict(
     self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
 ) -> None:
-    """Load checkpoints of stock's hook too."""
+    """Load checkpoints of stock's hook, of a plain model, and of weights alone too."""
     for name, list_ in parametrization_lists(self).items():
-        if isinstance(list_[0], StockSpectralNorm):
-            read_hook_layout(list_[0], name, state_dict, prefix, local_metadata)
-            keys = f"{prefix}parametrizations.{name}."
-            if f"{keys}original" in state_dict and f"{keys}0._u" not in state_dict:
-                list_[0].__dict__["_start_from"] = list_  # new vectors, once the weight is there
+        norm = list_[0]
+        if not isinstance(norm, StockSpectralNorm):
+            continue
+        read_hook_layout(norm, name, state_dict, prefix, local_metadata)
+        original = f"{prefix}parametrizations.{name}.original"
+        if len(list_) == 1 and f"{prefix}{name}" in state_dict and original not in state_dict:
+            state_dict[original] = state_dict.pop(f"{prefix}{name}")
+        if original in state_dict and type(norm) is not StockSpectralNorm:
+            norm.__dict__["_start_from"] = list_  # for its vectors, once the weight is there
     super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
@@ -327,7 +375,10 @@ def _tensor_property(tensor_name: str) -> property:
             if original is not None and len(modules) == 1:
                 found = lookup(record, id(modules["0"]), original)
                 if found is not None:
-                    return found
+                    # As is_plain says, without a call; what a checkpoint reads is noted.
+                    if grad_enabled() and top_hooks(False) is None and graph_task() == -1:
+                        return found
+                    return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:
             return parametrizations()
         refuse_to_trace_what_is_cached()

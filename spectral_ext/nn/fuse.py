@@ -26,7 +26,7 @@ from .dynamic_class import (
     unwrap,
 )
 from .group import SpectralGroup
-from .hook import leave_group
+from .hook import leave_groups
 from .kept import Update
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
 from .plan import Layer
@@ -175,10 +175,17 @@ def fuse(
     _warn_of_order(chosen)
 
     # Nothing below raises.
-    for found in everything:
-        norm = found.norm
-        if found not in chosen and isinstance(norm, SpectralNorm) and _root_of(norm) is model:
-            _restore(found.module, found.tensor_name, norm)
+    kept = {id(found.norm) for found in chosen}
+    left_out = [
+        (found.module, found.tensor_name, found.norm)
+        for found in everything
+        if id(found.norm) not in kept
+        and isinstance(found.norm, SpectralNorm)
+        and _root_of(found.norm) is model
+    ]
+    leave_groups([*(norm for _, _, norm in left_out), *candidates])
+    for layer in left_out:
+        _restore(*layer)
     for module in classes:
         module.__class__ = class_for_parametrizations(module)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
@@ -279,18 +286,17 @@ def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
 
 
 def _take(found: _Found, candidate: SpectralNorm) -> Layer:
-    """Register a candidate in its module, out of any group that it was in."""
+    """Register a candidate in its module."""
     module, norm = found.module, found.norm
-    if isinstance(norm, SpectralNorm):
-        leave_group(norm)
-    elif isinstance(norm, StockHook):
+    if isinstance(norm, StockHook):
         hook_layout.replace_hook(module, norm, candidate)
-    else:
+    elif not isinstance(norm, SpectralNorm):
         # The object stays the one that it was, for those who hold it.
         norm.__dict__.update(candidate.__dict__)
         candidate = _with_class(norm, SpectralNorm)
     weight = parametrization_lists(module)[found.tensor_name].original
     candidate.convert_vectors(compute_dtype(weight.dtype))
+    candidate.mend_vectors(weight)
     object.__setattr__(candidate, "label", found.label)
     return Layer(found.name, module, found.tensor_name, candidate)
 
@@ -352,7 +358,6 @@ def _with_class(module: Module, cls: type[_Module]) -> _Module:
 
 def _restore(module: Module, tensor_name: str, norm: SpectralNorm) -> None:
     """Make of a layer what it was before it was fused."""
-    leave_group(norm)
     if norm.origin != "own":  # stock wants the dtype of the weight
         norm.convert_vectors(parametrization_lists(module)[tensor_name].original.dtype)
     if norm.origin == "hook":

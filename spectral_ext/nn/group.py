@@ -1,12 +1,15 @@
 """The layers of a fused model, computed together on entry to its forward."""
 
 import contextlib
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as eval_frame_callback
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Module
 from torch.nn.utils import parametrize
@@ -16,9 +19,9 @@ from ..normalization import Results, is_traced, normalize_layers
 from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
-from .dynamic_class import GROUP, parametrization_lists
-from .history import History
-from .kept import Kept, Update, watch_optimizers
+from .dynamic_class import GROUP, parametrization_lists, spectral_norms
+from .history import NO_REGIONS, Regions, open_regions
+from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
@@ -57,11 +60,16 @@ class SpectralGroup:
         self.check_finite = check_finite
         self.autocast = autocast
         self._layers = list(layers)
+        # Layers whose modules were taken out of the model; they may be put back.
+        self._absent: list[_Absent] = []
+        self._n_forwards = self._n_lone = 0
+        # The spectral norms that the model had when the group last looked.
+        self._known: weakref.WeakSet[Any] | None = None
         self._plan: Plan | None = None
         self._other_plan: Plan | None = None
         self._last = LastForward()
         self._kept: Kept | None = None
-        self.history = History()
+        self._was_captured = False
         if update != "forward":
             watch_optimizers(self)
         self._root: weakref.ref[Module] | None = None
@@ -69,12 +77,14 @@ class SpectralGroup:
 
     @property
     def registered(self) -> tuple[Layer, ...]:
-        """The layers that are still registered."""
+        """The layers that are still registered, in modules that are still in the model."""
+        if self._plan is None or self._plan.gather() is None:
+            self._follow_model()
         return tuple(layer for layer in self._layers if layer.is_registered())
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Those that the group computes: all but pruned ones, whose weights are made by a hook."""
+        """The layers that the group computes on entry: all but those whose weight a hook makes or loads."""
         return tuple(layer for layer in self.registered if layer.is_direct())
 
     @property
@@ -83,15 +93,17 @@ class SpectralGroup:
 
         From the last forward; before the first one with the ``u`` and ``v`` that the layers have.
         """
-        plan, sigmas = self._plan, self._last.sigmas
-        if plan is None or sigmas is None or len(plan.layers) != len(self.layers):
-            plan, tensors = self._gather()
-            count = len(tensors.weights)
-            with torch.no_grad():
-                parts = self._run(plan, tensors, list(range(count)), [False] * count)
-            sigmas = join_sigmas(parts, count)
-            assert sigmas is not None
-        return sigmas[plan.unit_of_layer] if plan.has_ties else sigmas
+        layers = self.layers
+        sigmas = self._last.sigmas(layers)
+        if sigmas is not None:
+            return sigmas
+        plan, tensors = self._gather()
+        count = len(tensors.weights)
+        with torch.no_grad():
+            parts = self._run(plan, tensors, list(range(count)), [False] * count)
+        sigmas = join_sigmas(parts, count)
+        assert sigmas is not None
+        return sigmas[[plan.index[id(layer.parametrization)] for layer in layers]]
 
     @property
     def iterations(self) -> Tensor:
@@ -99,8 +111,7 @@ class SpectralGroup:
 
         In the order of :attr:`layers`; 0 in evaluation, NaN before the first forward.
         """
-        plan, _ = self._gather()
-        return self._last.iterations(plan)[plan.unit_of_layer]
+        return self._last.iterations(self.layers)
 
     @property
     def residuals(self) -> Tensor:
@@ -109,8 +120,7 @@ class SpectralGroup:
         Of the last iteration; NaN for layers without a ``tol``. See
         :func:`spectral_ext.reference.power_iteration`.
         """
-        plan, _ = self._gather()
-        return self._last.residuals(plan)[plan.unit_of_layer]
+        return self._last.residuals(self.layers)
 
     def log_dict(self, prefix: str = "spectral_norm/") -> dict[str, float]:
         """Return σ of every layer by name, for TensorBoard, Weights & Biases or Lightning.
@@ -120,9 +130,11 @@ class SpectralGroup:
         return log_dict(self, prefix)
 
     def check(self) -> None:
-        """Raise if a σ was not finite in any forward since the last check.
+        """Raise if a σ was not finite in any forward since the last check, or is 0 of a weight that is not.
 
-        For groups with ``check_finite``. The forwards note it on the device; only this waits.
+        For groups with ``check_finite``. The forwards note it on the device; only this waits. Where the
+        σ of the last forward is 0, it looks at the weight, ``u`` and ``v`` too: the next forward may find
+        another σ.
 
         Raises:
             FloatingPointError: names the layers.
@@ -130,18 +142,23 @@ class SpectralGroup:
         """
         if not self.check_finite:
             raise ValueError("the group does not note it; fuse the model with check_finite=True")
-        plan, _ = self._gather()
-        last = self._last
-        bad = [] if last.not_finite is None else last.not_finite.tolist()
-        last.not_finite = None
-        names = [
-            layer.qualified_name
-            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
-            if bad and bad[unit]
-        ]
+        names = self._last.take_not_finite()
         if names:
             raise FloatingPointError(
                 f"the spectral norm was not finite since the last check: {', '.join(names)}"
+            )
+        layers = self.layers
+        sigmas = self._last.sigmas(layers)
+        zero = [] if sigmas is None else (sigmas == 0).tolist()
+        names = [
+            layer.qualified_name
+            for layer, is_zero in zip(layers, zero, strict=False)
+            if is_zero and not layer.parametrization.finds_sigma(layer.weight)
+        ]
+        if names:
+            raise FloatingPointError(
+                "the spectral norm is 0 and the weight is not, so it is not normalized: "
+                f"{', '.join(names)}; call warm_start() or reset u and v"
             )
 
     @torch.no_grad()
@@ -150,14 +167,15 @@ class SpectralGroup:
         plan, tensors = self._gather()
         updates = [True] * len(tensors.weights)
         parts = self._normalize(plan, tensors, list(range(len(updates))), updates)
-        if self.update != "forward":
+        if self._may_keep(plan, tensors, plan.training()):
             self._kept = Kept(plan, tensors, updates, parts, self._output_dtype(plan))
 
     @torch.no_grad()
     def warm_start(self, n_power_iterations: int = 15) -> None:
         """Advance ``u`` and ``v`` of all layers by so many iterations, after a jump of the weights.
 
-        Loading a checkpoint that has weights and no vectors does so by itself.
+        Vectors that are zero or not finite restart. Loading a checkpoint that has weights and no
+        vectors does so by itself.
         """
         if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
             raise TypeError("n_power_iterations must be an int")
@@ -168,7 +186,12 @@ class SpectralGroup:
         settings = plan.settings._replace(
             n_power_iterations=[n_power_iterations] * count, tols=[0.0] * count
         )
+        norms = [layer.parametrization for layer in plan.layers]
+        for norm in norms:
+            norm.make_unit_vectors()
         self._run(plan, tensors, list(range(count)), [True] * count, settings)
+        for norm in norms:
+            norm.make_unit_vectors()
 
     def sigma_of(self, name: str) -> Tensor:
         """Return σ of one layer as a 0-D tensor.
@@ -178,7 +201,12 @@ class SpectralGroup:
 
         Raises:
             KeyError: no layer has that name, or several tensors of that module are normalized.
+            TypeError: the name is not a string.
         """
+        if not isinstance(name, str):
+            raise TypeError(
+                f"name must be that of a layer, got {name!r}; group.sigmas has σ by position"
+            )
         found = [
             i for i, layer in enumerate(self.layers) if name in (layer.name, layer.qualified_name)
         ]
@@ -186,6 +214,14 @@ class SpectralGroup:
             names = ", ".join(layer.qualified_name for layer in self.layers)
             raise KeyError(f"{name!r} names {len(found)} layers of the group, which has: {names}")
         return self.sigmas[found[0]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: the model is called, not its group."""
+        root = type(self.root).__name__
+        raise TypeError(
+            f"a SpectralGroup is not callable: fuse(model) changes {root} in place and returns its group; "
+            "call the model itself"
+        )
 
     def normalized(self) -> "_Entry":
         """Return a context manager that computes all layers and puts their weights in force.
@@ -205,11 +241,27 @@ class SpectralGroup:
         """
         self._plan = self._other_plan = self._kept = None
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the next entry raises it
-            self._plan = Plan(self._layers)
+            self._plan = self._new_plan()
             # torch.compile cannot trace the import of a backend; from now on there is none.
             for layer in self._plan.layers:
                 check_backend(self.backend, layer.weight)
                 check_backend(layer.parametrization.backend, layer.weight)
+
+    def changed(self, parametrization: SpectralNorm) -> None:
+        """Take a setting of one layer that was assigned."""
+        self._kept = None
+        plans = [plan for plan in (self._plan, self._other_plan) if plan is not None]
+        try:
+            if not plans or not all(plan.reread(parametrization) for plan in plans):
+                self.invalidate()
+        except (TypeError, ValueError):  # the next entry raises it, with the name of the layer
+            self._plan = self._other_plan = None
+
+    def forget_calls(self) -> None:
+        """Hold no tensor in C++, before ``torch.utils.swap_tensors`` exchanges parameters."""
+        for plan in (self._plan, self._other_plan):
+            if plan is not None:
+                plan.forget_calls()
 
     def stepped(self, parameters: set[int]) -> None:
         """Forget the weights that were kept, if an optimizer has changed one of these parameters."""
@@ -312,18 +364,42 @@ class SpectralGroup:
 
     # What happens on entry.
 
-    def compute(self) -> Record:
-        """Compute all layers and return the record of it, not yet in force."""
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            return self._compute()
-        with hidden_saves():  # a checkpoint, perhaps: forward and recomputation must save as much
-            return self._compute()
+    def enter(self) -> Record:
+        """Compute all layers for a forward and return the record of it, not yet in force."""
+        self._n_forwards += 1
+        if eval_frame_callback() is not None:  # torch.compile is to see what it computes, not how
+            return torch.compiler.disable(self.compute)()
+        return self.compute()
 
-    def _compute(self) -> Record:
-        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
-            return self._compute_again()
+    def count_lone(self) -> None:
+        """Note that a layer was computed alone in training, and warn where the group never is."""
+        if self._n_forwards:
+            return
+        self._n_lone += 1
+        if self._n_lone == max(50, 10 * len(self._layers)):
+            warnings.warn(
+                f"{type(self.root).__name__} is fused, but its forward was never called: its layers were "
+                f"computed alone {self._n_lone} times. Fuse the module whose forward runs them, or wrap the "
+                "code that uses them in `with group.normalized():`.",
+                stacklevel=2,
+            )
+
+    def compute(self) -> Record:
+        """Compute all layers."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            in_backward = torch._C._current_graph_task_id() != -1
+            return self._compute(open_regions() if in_backward else NO_REGIONS)
+        regions = open_regions()
+        with hidden_saves():  # a checkpoint, perhaps: forward and recomputation must save as much
+            return self._compute(regions)
+
+    def _compute(self, regions: Regions) -> Record:
         plan, tensors = self._gather()
         training = plan.training()
+        if regions is NO_REGIONS and not torch.is_grad_enabled() and any(training):
+            regions = open_regions()  # a reentrant checkpoint turns gradients off
+        if regions.replayed is not None:
+            return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         if plan.hooks:
             tensors, on_trial = plan.begin_forward(tensors)
@@ -334,34 +410,59 @@ class SpectralGroup:
             normalized: list[Any] = results.normalized
             if plan.has_gains:
                 normalized = plan.with_gains(normalized)
-            if training[0]:
-                self.history.add(plan.index, results.saved, plan.sizes)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        record = Record(
-            plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain
-        )
+        record = self._record(plan, tensors, normalized, parts, recompute, regions)
         record.on_trial = on_trial
         return record
 
-    def _compute_again(self) -> Record:
+    def _compute_again(self, plan: Plan, tensors: UnitTensors, regions: Regions) -> Record:
         """Compute as the forward did that is now computed again for its backward."""
-        plan, tensors = self._gather()
         weights, us, vs = tensors
-        entry = self.history.find() if any(plan.training()) else None
+        entry = regions.replay(self)
         if entry is not None:
-            pairs = [entry.vectors_at(place) for place in range(len(weights))]
-            us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
-            vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
-        places = list(range(len(weights)))
+            us, vs = list(us), list(vs)
+            for parametrization, place in plan.index.items():
+                us[place], vs[place] = entry.vectors(parametrization) or (us[place], vs[place])
         tensors = UnitTensors(weights, us, vs)
+        places = list(range(len(weights)))
         parts = self._run(plan, tensors, places, [False] * len(places))
         normalized = plan.with_gains(_join_normalized(parts, len(places)))
-        return Record(plan.index, weights, normalized, parts, None, plan.with_gain)
+        return self._record(plan, tensors, normalized, parts, None, regions)
+
+    def _record(
+        self,
+        plan: Plan,
+        tensors: UnitTensors,
+        normalized: list[Tensor | None],
+        parts: list[Part],
+        recompute: Callable[[int], Tensor] | None,
+        regions: Regions,
+    ) -> Record:
+        """Return a record, and note its vectors in the checkpoints that are open."""
+        record = Record(
+            plan.index,
+            tensors.weights,
+            normalized,
+            parts,
+            recompute,
+            plan.with_gain,
+            plan.sizes,
+            regions,
+        )
+        entry = record.entry if regions.recorded else None
+        if entry is not None:
+            regions.note(self, entry)
+        return record
+
+    @property
+    def label(self) -> str:
+        """How messages call the group: by its layers."""
+        return ", ".join(layer.qualified_name for layer in self.layers)
 
     def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
         """Compute one unit again, without update, as autograd sees it."""
@@ -374,11 +475,13 @@ class SpectralGroup:
     def _keep(
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
-        """Take what was computed since the weights last changed, or compute it; attach it anew."""
+        """Take what was computed since the weights last changed, or compute it; attach it again."""
         wanted = [mode and self.update == "step" for mode in training]
         kept, dtype = self._kept, self._output_dtype(plan)
         if kept is None or not kept.serves(plan, tensors, wanted, dtype):
-            with torch.no_grad():
+            self._kept = None  # its memory is free for the next one
+            # A tensor that is made in inference mode can be in no graph later.
+            with torch.inference_mode(False), torch.no_grad():
                 parts = self._normalize(plan, tensors, list(range(len(wanted))), wanted)
             kept = self._kept = Kept(plan, tensors, wanted, parts, dtype)
         normalized = _join_normalized(kept.parts, len(wanted))
@@ -394,15 +497,32 @@ class SpectralGroup:
                     normalized[place] = self._recompute(plan, tensors, place)
         return normalized, kept.parts
 
+    def _may_keep(self, plan: Plan, tensors: UnitTensors, training: list[bool]) -> bool:
+        """Return whether a computation may serve later forwards: whether they could tell that it does.
+
+        Not in evaluation (:class:`Kept` says why), not of stand-ins, not of inference tensors, which have no
+        versions, and not in a captured CUDA graph, nor after one: its replays change weights, ``u`` and ``v``
+        without a trace, and own the memory of what was computed in it.
+        """
+        if self.update == "forward" or not any(training) or is_traced():
+            return False
+        if is_capturing(plan.device):
+            self._was_captured = True
+        return not self._was_captured and not any(
+            tensor.is_inference() for column in tensors for tensor in column if tensor is not None
+        )
+
     def _take_kept_or_normalize(
         self, plan: Plan, tensors: UnitTensors, training: list[bool]
     ) -> tuple[list[Tensor | None], list[Part]]:
         """Take what was kept, if the group keeps; else compute all units in as many calls as it takes."""
         traced = is_traced()
-        if self.update != "forward" and not traced:
+        if self._may_keep(plan, tensors, training):
             normalized, parts = self._keep(plan, tensors, training)
             normalized = plan.with_gains(normalized)
         else:
+            if not traced:
+                self._kept = None
             cached: list[Tensor | None] = [None] * len(training)
             places = list(range(len(training)))
             if parametrize._cache_enabled:  # of a sharded layer the cache takes the weight, later
@@ -413,13 +533,6 @@ class SpectralGroup:
             normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
-        if any(training) and not traced:
-            saved = [
-                (vectors, [part[i] for i in members])
-                for results, part in parts
-                for vectors, members in results.saved
-            ]
-            self.history.add(plan.index, saved, plan.sizes)
         return normalized, parts
 
     def trace(self) -> Record:
@@ -455,15 +568,56 @@ class SpectralGroup:
             if other is not None and tensors is not None:
                 plan, self._plan, self._other_plan = other, other, plan
                 return plan, tensors
-            before, plan = plan, Plan(self._layers)
+            before, plan = plan, self._new_plan()
             tensors = plan.gather()
             assert tensors is not None
             if not is_traced():
-                self._plan, self._other_plan = plan, before
-                if not plan.is_of_the_same(before):
-                    self._last.forget()
-                    self._last.not_finite = None
+                self._plan = plan
+                self._other_plan = before if plan.is_of_the_same(before) else None
         return plan, tensors
+
+    def _new_plan(self) -> Plan:
+        self._follow_model()
+        return Plan(self._layers, self.root, [absent.name for absent in self._absent])
+
+    def _follow_model(self) -> None:
+        """Let go of layers whose modules have left the model, and take back those that returned."""
+        root = self.root
+        if root is None:
+            return
+        names = {module: name for name, module in root.named_modules()}
+        absent = [(entry, entry.layer()) for entry in self._absent]
+        back = [layer for _, layer in absent if layer is not None and layer.module in names]
+        gone = [layer for layer in self._layers if layer.module not in names]
+        if back or gone or any(layer.name != names.get(layer.module) for layer in self._layers):
+            present = [x for x in (*self._layers, *back) if x.module in names]
+            order = {module: place for place, module in enumerate(names)}
+            present.sort(key=lambda layer: order[layer.module])
+            self._layers = [replace(layer, name=names[layer.module]) for layer in present]
+        self._absent = [
+            entry for entry, layer in absent if layer is not None and layer.module not in names
+        ]
+        for layer in gone:
+            layer.parametrization.__dict__["_place"] = -1
+            self._absent.append(_Absent(layer))
+        self._tell_of_others(names)
+
+    def _tell_of_others(self, names: dict[Module, str]) -> None:
+        """Warn once of each spectral norm that came into the model and is in no group."""
+        norms = dict(spectral_norms(names))
+        root = self.root
+        if self._known is not None and root is not None and root.__dict__.get(GROUP) is self:
+            ours = {id(layer.parametrization) for layer in self._layers}
+            for norm, (module, tensor_name) in norms.items():
+                if norm in self._known or id(norm) in ours or getattr(norm, "_group", None):
+                    continue
+                warnings.warn(
+                    f"{names[module]}.{tensor_name} has a spectral norm but is in no group, and is computed "
+                    f"alone; it came into the fused {type(root).__name__} later. Call "
+                    "spectral_ext.fuse(model) again to include it.",
+                    stacklevel=2,
+                )
+        self._known = weakref.WeakSet(norms)
 
     def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
         """Compute all units in the shortest way; None, and nothing done, where that is not open."""
@@ -482,9 +636,9 @@ class SpectralGroup:
         except (TypeError, ValueError):  # the long way knows more, or says which layer it is
             return None
         parts: list[Part] = [(results, range(len(training)))]
-        self._last.note(parts, training)
+        self._last.note(plan, parts, training)
         if self.check_finite:
-            self._last.note_not_finite(parts, len(training))
+            self._last.note_not_finite(plan, parts, len(training))
         return results
 
     def _output_dtype(self, plan: Plan) -> torch.dtype | None:
@@ -506,9 +660,9 @@ class SpectralGroup:
         if is_traced():
             self._last.forget()
             return parts
-        self._last.note(parts, updates)
+        self._last.note(plan, parts, updates)
         if self.check_finite:
-            self._last.note_not_finite(parts, len(updates))
+            self._last.note_not_finite(plan, parts, len(updates))
         return parts
 
     def _run(
@@ -554,7 +708,7 @@ class SpectralGroup:
         buckets = "one bucket" if self.bucket_mb is None else f"buckets of {self.bucket_mb:g} MiB"
         lines = [
             f"SpectralGroup({len(layers)} layers, {parameters:,} parameters, "
-            f"backend {chosen or 'none'}, {buckets}"
+            f"backend {chosen or 'none'}, {buckets}, {self._n_forwards} forwards"
         ]
         for layer in layers:
             settings = layer.parametrization.extra_repr()
@@ -566,33 +720,52 @@ class SpectralGroup:
 
 
 class _Entry:
-    """The context of one forward; see :meth:`SpectralGroup.normalized`."""
+    """The context of :meth:`SpectralGroup.normalized`; what the forward of a fused root does without it."""
 
-    __slots__ = ("_below", "_group", "_visible_below")
+    __slots__ = ("_above", "_below", "_group", "_record")
 
     def __init__(self, group: SpectralGroup) -> None:
         self._group = group
-        self._below: Record | None = None
-        self._visible_below: Record | None = None
+        self._record: Record | None = None
 
     def __enter__(self) -> SpectralGroup:
         group, visible = self._group, self._group.visible
         if is_dynamo_compiling():
-            record = group.trace()
-            self._visible_below, visible.record = visible.record, record
+            self._above, visible.record = visible.record, group.trace()
             return group
-        record = group.compute()
-        # From here on no call, and so no interrupt, before the body of the `with` has begun.
+        record = group.enter()
         record.below = self._below = active.record
-        if record.below is not None:
-            self._visible_below = visible.record
-        visible.record = active.record = record
+        self._above = None if record.below is None else visible.record
+        self._record = visible.record = active.record = record
         return group
 
     def __exit__(self, *error: object) -> None:
-        self._group.visible.record = self._visible_below
+        self._group.visible.record = self._above
         if not is_dynamo_compiling():
             active.record = self._below
+            self._record = None
+
+    def __del__(self) -> None:
+        """Take the weights out of force where an interrupt came before :meth:`__exit__` could."""
+        if self._record is not None and active.record is self._record:
+            self.__exit__()
+
+
+class _Absent:
+    """A layer whose module is not in the model at present; it is not kept alive."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.name = layer.name
+        self._tensor_name = layer.tensor_name
+        self._module = weakref.ref(layer.module)
+        self._parametrization = weakref.ref(layer.parametrization)
+
+    def layer(self) -> Layer | None:
+        """Return the layer; None if it is no more."""
+        module, parametrization = self._module(), self._parametrization()
+        if module is None or parametrization is None:
+            return None
+        return Layer(self.name, module, self._tensor_name, parametrization)
 
 
 def group_of(model: Module) -> SpectralGroup:

@@ -10,7 +10,7 @@ layer alone. On entry the group computes the layers whose hooks have run before.
 run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from .sharded import is_sharded
 if TYPE_CHECKING:
     from .group import SpectralGroup
 
-__all__ = ["GroupHook", "leave_group", "stock_hooks"]
+__all__ = ["GroupHook", "leave_groups", "stock_hooks"]
 
 
 class GroupHook(StockHook):
@@ -93,7 +93,7 @@ class GroupHook(StockHook):
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
         with torch.no_grad():
             weight = _without_update(norm, list_.original)
-        leave_group(norm)
+        leave_groups([norm])
         take_off(module, self.name)
         module.register_parameter(self.name, Parameter(weight.detach()))
 
@@ -114,15 +114,18 @@ def stock_hooks(module: Module) -> Iterator[StockHook]:
             yield hook
 
 
-def leave_group(norm: SpectralNorm) -> None:
-    """Remove a layer from its group; give the model its class back when no layer is left."""
-    group: SpectralGroup | None = None if norm._group is None else norm._group()
-    if group is None:
-        return
-    group.release([norm])
-    root = group.root
-    if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
-        unwrap(root)
+def leave_groups(norms: Iterable[SpectralNorm]) -> None:
+    """Remove layers from their groups; give a model its class back when no layer is left."""
+    groups: dict[SpectralGroup, list[SpectralNorm]] = {}
+    for norm in norms:
+        group = None if norm._group is None else norm._group()
+        if group is not None:
+            groups.setdefault(group, []).append(norm)
+    for group, members in groups.items():
+        group.release(members)
+        root = group.root
+        if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
+            unwrap(root)
 
 
 def _is_gathered(list_: ParametrizationList) -> bool:
@@ -153,8 +156,6 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
     """Compute a layer alone with the vectors that it has."""
     if is_dynamo_compiling():
-        return norm._normalize(weight, update=False)
+        return norm._compute(weight, False)[0]
     with hidden_saves():
-        if torch._C._current_graph_task_id() != -1:
-            return norm._normalize_again(weight)
-        return norm._normalize(weight, update=False)
+        return norm._compute(weight, False)[0]

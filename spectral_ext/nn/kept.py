@@ -24,14 +24,17 @@ from .sharded import local_part
 if TYPE_CHECKING:
     from .group import SpectralGroup
 
-__all__ = ["Kept", "Update", "watch_optimizers"]
+__all__ = ["Kept", "Update", "is_capturing", "watch_optimizers"]
 
 Update = Literal["forward", "step", "manual"]
 """When a group computes: in every forward, once between two changes of a weight, or when it is told."""
 
 
 class Kept:
-    """A computation of all units without gradient.
+    """A computation of all units without gradient, of a forward in training.
+
+    A forward in evaluation keeps nothing and takes nothing that was kept: averaged weights are swapped in
+    through ``weight.data`` for it, and nothing shows that.
 
     Args:
         plan, tensors: what was computed.
@@ -52,6 +55,8 @@ class Kept:
         self._dtype = dtype
         self._plan, self._updated = plan, updated
         self._state = _state_of(plan, tensors)
+        self._outputs = [y for results, _ in parts for y in results.normalized if y is not None]
+        self._versions = [y._version for y in self._outputs]
         self._attachable = {
             part[i]
             for results, part in parts
@@ -68,6 +73,7 @@ class Kept:
             and dtype == self._dtype
             and self._state is not None
             and _state_of(plan, tensors) == self._state
+            and self._versions == [y._version for y in self._outputs]
             and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))
         )
 
@@ -94,6 +100,11 @@ def _state_of(plan: Plan, tensors: UnitTensors) -> list[tuple[int, int]] | None:
                     return None
                 state.append((tensor._version, tensor.data_ptr()))
     return state
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether what is computed on a device now is captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _groups: "weakref.WeakSet[SpectralGroup]" = weakref.WeakSet()

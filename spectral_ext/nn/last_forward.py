@@ -7,65 +7,99 @@ import torch
 from torch import Tensor
 
 from .active import Part
-from .plan import Plan
+from .plan import Layer, Plan
 
 __all__ = ["LastForward", "join_sigmas"]
 
 
 class LastForward:
-    """The results of one forward by unit, as tensors on the device; nothing here waits for it.
+    """The results of one forward, as tensors on the device; nothing here waits for it.
 
-    Attributes:
-        sigmas: of all units, detached; None before the first forward.
-        not_finite: the units that had a σ which was not finite in any forward since it was None.
+    They belong to the layers of the plan that they were computed with, whatever the group has now.
     """
 
     def __init__(self) -> None:
-        self.sigmas: Tensor | None = None
-        self.not_finite: Tensor | None = None
+        self._plan: Plan | None = None
+        self._sigmas: Tensor | None = None
         self._convergence: list[tuple[Tensor, Sequence[int], bool]] = []
+        # Since they were last taken: names of units, and which of them had a σ that was not finite.
+        self._not_finite: list[tuple[list[str], Tensor]] = []
 
     def forget(self) -> None:
-        """Forget the results: their units are no more, or tensors that must not be kept."""
-        self.sigmas = None
+        """Forget the results of a forward whose tensors must not be kept."""
+        self._plan = self._sigmas = None
         self._convergence = []
 
-    def note(self, parts: list[Part], updates: Sequence[bool]) -> None:
+    def note(self, plan: Plan, parts: list[Part], updates: Sequence[bool]) -> None:
         """Take the results of a forward; ``updates`` says of each unit whether it was advanced."""
-        self.sigmas = join_sigmas(parts, len(updates))
+        self._plan = plan
+        self._sigmas = join_sigmas(parts, len(updates))
         self._convergence = [
             (results.convergence, part, updates[part[0]]) for results, part in parts
         ]
 
-    def note_not_finite(self, parts: list[Part], count: int) -> None:
-        """Note which of so many units have no finite σ."""
+    def note_not_finite(self, plan: Plan, parts: list[Part], count: int) -> None:
+        """Note which of ``count`` units have a σ that is not finite."""
         for results, part in parts:
             bad = ~results.sigmas.detach().isfinite()
             if len(part) < count:
                 of_part = torch.zeros(count, dtype=torch.bool, device=bad.device)
                 of_part[list(part)] = bad
                 bad = of_part
-            before = self.not_finite
-            self.not_finite = bad if before is None else before | bad.to(before.device)
+            for i, (names, before) in enumerate(self._not_finite):
+                if names is plan.names:
+                    self._not_finite[i] = (names, before | bad.to(before.device))
+                    break
+            else:
+                self._not_finite.append((plan.names, bad))
 
-    def residuals(self, plan: Plan) -> Tensor:
-        """Return the residual of every unit; NaN where there is no ``tol``."""
-        return self._row(plan, 0)
+    def take_not_finite(self) -> list[str]:
+        """Return the names of the layers with a σ that was not finite, and forget them."""
+        found, self._not_finite = self._not_finite, []
+        names = [
+            name
+            for of_units, bad in found
+            for name, is_bad in zip(of_units, bad.tolist(), strict=True)
+            if is_bad
+        ]
+        return list(dict.fromkeys(names))
 
-    def iterations(self, plan: Plan) -> Tensor:
-        """Return how many iterations every unit made; NaN before the first forward."""
-        return self._row(plan, 1)
+    def sigmas(self, layers: Sequence[Layer]) -> Tensor | None:
+        """Return σ of layers, detached; None if it has not been computed for all of them."""
+        if self._sigmas is None:
+            return None
+        units = self._units(layers)
+        if None in units:
+            return None
+        return self._sigmas if units == list(range(len(self._sigmas))) else self._sigmas[units]
 
-    def _row(self, plan: Plan, row: int) -> Tensor:
+    def residuals(self, layers: Sequence[Layer]) -> Tensor:
+        """Return the residual of every layer; NaN where there is no ``tol``."""
+        return self._row(layers, 0)
+
+    def iterations(self, layers: Sequence[Layer]) -> Tensor:
+        """Return how many iterations every layer made; NaN before the first forward."""
+        return self._row(layers, 1)
+
+    def _units(self, layers: Sequence[Layer]) -> list[int | None]:
+        index = {} if self._plan is None else self._plan.index
+        return [index.get(id(layer.parametrization)) for layer in layers]
+
+    def _row(self, layers: Sequence[Layer], row: int) -> Tensor:
+        plan = self._plan
+        if plan is None:
+            device = layers[0].weight.device if layers else None
+            return torch.full((len(layers),), math.nan, device=device)
+        # One more, for the layers that it has not computed.
         count = len(plan.settings.dims)
-        values = torch.full((count,), math.nan, device=plan.device)
+        values = torch.full((count + 1,), math.nan, device=plan.device)
         for convergence, part, updated in self._convergence:
             if len(convergence):
                 values[list(part)] = convergence.view(2, -1)[row].to(values)
             elif row == 1:
                 steps = [plan.settings.n_power_iterations[i] if updated else 0 for i in part]
                 values[list(part)] = values.new_tensor(steps)
-        return values
+        return values[[count if unit is None else unit for unit in self._units(layers)]]
 
 
 def join_sigmas(parts: list[Part], count: int) -> Tensor | None:

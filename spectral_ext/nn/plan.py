@@ -5,7 +5,8 @@ objects; the group compares their identities on every entry and makes a new plan
 exchanged. Making a plan checks every layer, so that a call that starts is a call that can write.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple
@@ -73,15 +74,17 @@ class Layer:
         return found is not None and found._modules.get("0") is self.parametrization
 
     def is_direct(self) -> bool:
-        """Return whether its weight is at hand, and is not made by a hook before the parametrization.
+        """Return whether its weight is available before the layer runs.
 
-        Such a hook is what ``torch.nn.utils.prune`` puts on the original of a parametrized weight. A
-        parametrization of the original makes the weight anew for each access.
+        A hook on the list of parametrizations makes it later: that of ``torch.nn.utils.prune``. So does a
+        parametrization of the original. A weight on the meta device is loaded later: Accelerate keeps
+        offloaded weights there between two calls.
         """
         list_ = parametrization_lists(self.module)[self.tensor_name]
         if parametrize.is_parametrized(list_, "original") or self.parametrization.is_bypassed:
             return False
-        return not list_._forward_pre_hooks
+        weight = _home_of_original(list_).get("original")
+        return not list_._forward_pre_hooks and (weight is None or not weight.is_meta)
 
     def is_alone(self) -> bool:
         """Return whether no other parametrization is stacked on this one."""
@@ -111,6 +114,23 @@ def _home_of_original(list_: ParametrizationList) -> dict[str, Any]:
     return list_.__dict__  # a replica of DataParallel
 
 
+def _links(root: Module, names: Iterable[str]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return the entries of ``_modules`` on the ways from a model to modules in it, each once.
+
+    A way that ends before its module, since one was taken out, has the entry where it ends.
+    """
+    links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    for name in names:
+        module: Module | None = root
+        for child in name.split(".") if name else ():
+            if module is None:
+                break
+            children = module._modules
+            module = children.get(child)
+            links[id(children), child] = (children, child, module)
+    return list(links.values())
+
+
 class Plan:
     """What an entry of a group reads. A *unit* is one weight; tied layers share theirs.
 
@@ -122,18 +142,25 @@ class Plan:
         sharded: the units whose weights are distributed over several ranks.
         gathered: the units whose weights FSDP has gathered.
 
+    Args:
+        layers: the layers of the group that are in the model.
+        root: the model. Without one, the plan does not notice that a module was replaced.
+        absent: names of layers that have left the model; the plan notices when they come back.
+
     Raises:
         TypeError, ValueError: a layer's weight, vectors or settings do not fit; the message names
             it.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], root: Module | None = None, absent: Sequence[str] = ()
+    ) -> None:
         registered = [layer for layer in layers if layer.is_registered()]
         self.layers = [layer for layer in registered if layer.is_direct()]
         self._lists = [
             parametrization_lists(layer.module)[layer.tensor_name] for layer in self.layers
         ]
-        links = [
+        registrations = [
             (parametrization_lists(layer.module), layer.tensor_name, list_, list_._modules)
             for layer, list_ in zip(self.layers, self._lists, strict=True)
         ]
@@ -174,6 +201,12 @@ class Plan:
             (0, 0) if u is None or v is None else (len(u), len(v))
             for u, v in zip(self._units.us, self._units.vs, strict=True)
         ]
+        # For each unit the names of its layers.
+        self.names = [""] * len(self._leads)
+        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
+            before = f"{self.names[unit]}, " if self.names[unit] else ""
+            self.names[unit] = before + layer.qualified_name
+        self._units_of_weight = Counter(id(weight) for weight in columns.weights)
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
         self.has_gains = any(p.learned_gain is not None for p in leads)
@@ -192,7 +225,7 @@ class Plan:
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
             place
-            for registered, name, list_, modules in links
+            for registered, name, list_, modules in registrations
             for place in ((registered, name, list_), (modules, "0", list_[0]))
         ]
         places += [
@@ -205,9 +238,10 @@ class Plan:
             for p in self._parametrizations
             if p.learned_gain is not None
         ]
-        places += [  # until what was taken from them is a parameter again
-            (parametrization_lists(layer.module)[layer.tensor_name]._parameters, "original", None)
+        places += [  # a pruned weight is a parameter again, an offloaded one is loaded
+            (parameters, "original", parameters.get("original"))
             for layer in indirect
+            for parameters in [parametrization_lists(layer.module)[layer.tensor_name]._parameters]
             if not layer.parametrization.is_bypassed
         ]
         places += [  # until their modules are called
@@ -215,6 +249,13 @@ class Plan:
             for layer in indirect
             if layer.parametrization.is_bypassed
         ]
+        self._children: tuple[dict[str, Any], ...] = ()
+        if root is not None:
+            names = dict.fromkeys(layer.name for layer in layers) | dict.fromkeys(absent)
+            links = _links(root, names)
+            places += links
+            self._children = tuple({id(link[0]): link[0] for link in links}.values())
+        self._counts = [len(children) for children in self._children]
         self._places: tuple[tuple[Any, ...], ...] = tuple(zip(*places, strict=True))
 
     def check(self) -> None:
@@ -256,8 +297,10 @@ class Plan:
         """Return the tensors of all units; None if the plan does not hold any more."""
         if self._places:
             dictionaries, names, found = self._places
-            # Looked at in every forward: three loops without a line of Python in them.
+            # Looked at in every forward: loops without a line of Python in them.
             if not all(map(is_, map(dict.get, dictionaries, names), found)):
+                return None
+            if list(map(len, self._children)) != self._counts:  # a module was added
                 return None
         return self._units
 
@@ -266,7 +309,7 @@ class Plan:
         hooks = self.hooks.get(unit)
         if hooks is None:
             return False
-        for hook in hooks:
+        for hook in hooks:  # noqa: SIM110, Dynamo cannot trace a generator here
             if hook.called:
                 return False
         return True
@@ -318,8 +361,35 @@ class Plan:
         """Return the normalized weight of a unit times its gain."""
         return with_gain(weight, self._norms[place].learned_gain, self.settings.dims[place])
 
+    def reread(self, parametrization: SpectralNorm) -> bool:
+        """Take the settings of a layer that were changed; return whether the plan can.
+
+        A layer that shares a weight with another one may need a unit of its own now.
+        """
+        unit = self.index.get(id(parametrization))
+        if unit is None or self._units_of_weight[id(self._units.weights[unit])] > 1:
+            return False
+        parametrization.check(self._units.weights[unit])
+        row = Settings.of([parametrization.settings])
+        pairs: Any = zip(self.settings, row, strict=True)
+        for column, values in pairs:
+            column[unit] = values[0]
+        self.forget_calls()
+        return True
+
+    def forget_calls(self) -> None:
+        """Let go of the tensors that prepared calls hold in C++."""
+        self._calls.clear()
+
     def prepared(self, backend: Backend) -> PreparedCall | None:
-        """Return one call for all units, if there is one."""
+        """Return one call for all units, if there is one.
+
+        ``torch.utils.swap_tensors`` exchanges what two Python objects hold, which C++ does not see: as long
+        as torch may swap parameters, no call is prepared.
+        """
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self.forget_calls()
+            return None
         key = id(backend)  # a module, which stays
         if key not in self._calls:
             self._calls[key] = prepare(*self._units, self.settings, backend)
@@ -337,8 +407,9 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """Where the first unit is."""
-        return self._units.weights[0].device
+        """Where the first unit is; the CPU if there is none."""
+        weights = self._units.weights
+        return weights[0].device if weights else torch.device("cpu")
 
     def training(self) -> list[bool]:
         """Return for each unit whether to update: where a layer of it is in training."""

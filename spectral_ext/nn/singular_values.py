@@ -14,8 +14,8 @@ from ..validation import check_weight
 from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .evaluation import in_evaluation
-from .operator_norm import OperatorNorm
 from .hook import stock_hooks
+from .operator_norm import OperatorNorm
 from .parametrization import StockHook, StockSpectralNorm, default_dim
 
 __all__ = ["singular_values"]

@@ -1,0 +1,255 @@
+"""Operations: what interrupts a forward, looks at it from outside, or makes weights that break stock."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from family import inputs
+from hypothesis import strategies as st
+from ops_forward import back_from, squares
+from pair import Pair, Side, close
+from registry import BOOL, SEED, operation, skip_unless
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spectral_ext
+
+PACKAGE = str(Path(spectral_ext.__file__).parent)
+
+
+@operation(seed=SEED)
+def exception_in_the_forward(side: Side, seed: int) -> bool:
+    """A block raises; the layers have advanced as in a forward that went well."""
+
+    def fail(module: Any, args: Any) -> None:
+        raise ZeroDivisionError
+
+    block = side.blocks()[-1][1]
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        side.model(inputs(seed))
+    except ZeroDivisionError:
+        return True
+    finally:
+        handle.remove()
+    return False
+
+
+@operation(of_the_pair=True, after=st.integers(0, 40), seed=SEED)
+def interrupt_in_the_forward(pair: Pair, after: int, seed: int) -> None:
+    """A ``KeyboardInterrupt`` on entry of a function of the package, where CPython looks for signals."""
+    calls = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal calls
+        code = frame.f_code
+        if code.co_filename.startswith(PACKAGE) and code.co_name != "<genexpr>":
+            calls += 1
+            if calls > after:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+    sys.settrace(trace)
+    try:
+        pair.fused.model(inputs(seed))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    # Some layers have advanced and others not.
+    pair.twin.model(inputs(seed))
+    pair.adopt_vectors()
+
+
+@operation(of_the_pair=True, seed=SEED)
+def dry_run(pair: Pair, seed: int) -> None:
+    """A forward under ``FakeTensorMode`` changes nothing."""
+    pair.twin.has_changed()
+    pair.invalidate()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = pair.fused.model(inputs(seed))
+    assert tuple(y.shape) == tuple(inputs(seed).shape)
+
+
+@operation(of_the_pair=True, seed=SEED)
+def symbolic_trace(pair: Pair, seed: int) -> None:
+    """``torch.fx``: the graph follows the weights, as the model does."""
+    skip_unless(not any(module.training for module in pair.fused.model.modules()))
+    skip_unless(isinstance(pair.fused.model, nn.Sequential))
+    try:
+        torch.fx.symbolic_trace(pair.twin.model)
+    except Exception:
+        skip_unless(False)
+    traced = torch.fx.symbolic_trace(pair.fused.model)
+    expected = pair.twin.model(inputs(seed))
+    close(traced(inputs(seed)), expected, "output of the graph", pair.tolerance)
+    names = sorted(side_name for side_name, _ in traced.named_parameters())
+    assert names, "the graph has no parameters"
+    for side in pair.sides:
+        with torch.no_grad():
+            for parameter in side.model.parameters():
+                parameter.mul_(1.25)
+    expected = pair.twin.model(inputs(seed))
+    close(traced(inputs(seed)), expected, "output of the graph with other weights", pair.tolerance)
+
+
+def check_the_norm(pair: Pair, layer: str, what: str) -> None:
+    """After many forwards a layer must be normalized: compare with its exact singular values."""
+    mode = pair.fused.model.training
+    model = pair.fused.model
+    model.train()
+    for _ in range(60):
+        if pair.update == "manual" and pair.is_fused:
+            for module in model.modules():
+                if "_spectral_group" in module.__dict__:
+                    spectral_ext.group_of(module).iterate()
+        model(inputs(0))
+        pair.invalidate()
+    norm = pair.fused.norm(layer)
+    weight = norm.weight.detach()
+    matrix = weight.movedim(norm.norm.dim, 0).flatten(1) if weight.ndim > 1 else weight[:, None]
+    exact = torch.linalg.matrix_norm(matrix, 2).item()
+    ratio = norm.sigma() / exact
+    assert abs(ratio - 1) < 0.05, f"{what}: σ of {layer} is {ratio:.3f} of the exact one"
+    model.train(mode)
+
+
+def restart(pair: Pair, layer: str, bad: float) -> None:
+    """Give a layer a bad weight and a good one again; stock cannot recover, so the twin follows."""
+    sides = pair.sides
+    modes = [m.training for m in pair.fused.model.modules()]
+    for side in sides:
+        side.model.zero_grad()
+        side.forget()
+    weight = pair.fused.norm(layer).weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(bad)
+        pair.fused.model(inputs(0))
+        weight.copy_(good)
+    check_the_norm(pair, layer, f"after a weight of {bad}")
+    for module, mode in zip(pair.fused.model.modules(), modes, strict=True):
+        module.training = mode
+    pair.adopt_vectors()
+
+
+@operation(of_the_pair=True, layer="layer", bad=st.sampled_from([0.0, 1e-20, 1e23, float("nan")]))
+def bad_weight_for_a_while(pair: Pair, layer: str, bad: float) -> None:
+    restart(pair, layer, bad)
+
+
+@operation(of_the_pair=True, layer="layer", bad=st.sampled_from([0.0, 1e-20, 1e23]))
+def norm_on_a_bad_weight(pair: Pair, layer: str, bad: float) -> None:
+    """The norm is put on a weight that it cannot iterate, as zero initialization has it."""
+    skip_unless(pair.fused.norm(layer).vectors)
+    norm = pair.fused.norm(layer)
+    vectors = norm.vectors
+    bad_weight = torch.full_like(norm.weight, bad).detach()
+    order = norm.norm.order if hasattr(norm.norm, "order") else "u_first"
+    holder = nn.Module()
+    holder.weight = nn.Parameter(bad_weight)
+    spectral_ext.spectral_norm(holder, "weight", dim=norm.norm.dim, order=order)
+    made = holder.parametrizations["weight"][0]
+    with torch.no_grad():
+        for vector, name in zip(vectors, ("_u", "_v"), strict=True):
+            vector.copy_(made._buffers[name])
+    for side in pair.sides:
+        side.model.zero_grad()
+        side.forget()
+    check_the_norm(pair, layer, f"the norm was put on a weight of {bad}")
+    pair.adopt_vectors()
+
+
+@operation(of_the_pair=True, vectors=st.sampled_from([0.0, float("nan"), 3e38]), layer="layer")
+def bad_vectors(pair: Pair, layer: str, vectors: float) -> None:
+    """Memory of ``to_empty`` in ``u`` and ``v``."""
+    skip_unless(pair.fused.norm(layer).vectors)
+    with torch.no_grad():
+        for vector in pair.fused.norm(layer).vectors:
+            vector.fill_(vectors)
+    for side in pair.sides:
+        side.model.zero_grad()
+        side.forget()
+    check_the_norm(pair, layer, f"u and v were {vectors}")
+    pair.adopt_vectors()
+
+
+@operation(of_the_pair=True, buffers=BOOL, seed=SEED)
+def offloaded_forward(pair: Pair, buffers: bool, seed: int) -> None:
+    """accelerate's ``cpu_offload`` of a copy: weights are on meta until a layer runs."""
+    from accelerate import cpu_offload
+
+    skip_unless(not any(module.training for module in pair.fused.model.modules()))
+    skip_unless(all(n.name.endswith("layer.weight") for n in pair.twin.norms()))
+    skip_unless(not any(n.is_hook for n in pair.twin.norms()))
+    copied = copy.deepcopy(pair.fused.model)
+    cpu_offload(copied, execution_device="cpu", offload_buffers=buffers)
+    with torch.no_grad():
+        found = copied(inputs(seed))
+    close(found, pair.twin.model(inputs(seed)), "output with weights on meta", pair.tolerance)
+
+
+@operation(seed=SEED)
+def forward_in_a_capture(side: Side, seed: int) -> Tensor:
+    """The capture of a CUDA graph, faked: it must compute, and from then on nothing is kept."""
+    skip_unless(side.pair.is_fused and side.pair.update != "forward")
+    module = sys.modules[spectral_ext.SpectralGroup.__module__]
+    real = module.is_capturing
+    module.is_capturing = lambda device: True
+    if side.is_twin:
+        for group in side.groups:
+            if any(norm.training for norm in group.members()):
+                group.was_captured = True
+    try:
+        y = side.model(inputs(seed))
+    finally:
+        module.is_capturing = real
+    return y
+
+
+@operation(of_the_pair=True, layer="layer", seed=SEED)
+def write_on_a_normalized_weight(pair: Pair, layer: str, seed: int) -> None:
+    """A change in place of a weight in use must not outlive its forward."""
+    skip_unless(pair.is_fused and pair.all_are_in_groups())
+
+    def clamp(module: Any, args: Any) -> None:
+        for side in pair.sides:
+            norm = side.norm(layer)
+            if norm.module is module:
+                getattr(module, norm.tensor).detach().mul_(0.0)
+
+    for side in pair.sides:
+        handle = side.norm(layer).module.register_forward_pre_hook(clamp)
+        with torch.no_grad():
+            side.model(inputs(seed))
+        handle.remove()
+    pair.follow_a_forward(inputs(seed))
+
+
+@operation(of_the_pair=True)
+def what_the_group_tells(pair: Pair) -> None:
+    """σ of every layer under its name, of the last forward or of now, and only layers of the model."""
+    skip_unless(pair.root_is_fused)
+    group = pair.group()
+    sigmas = dict(zip((x.qualified_name for x in group.layers), group.sigmas.tolist(), strict=True))
+    of_twin = next(g for g in pair.twin.groups if g.root is pair.twin.model)
+    members = {norm.name: norm for norm in of_twin.members()}
+    assert set(sigmas) == set(members), f"layers {set(sigmas)}, the model has {set(members)}"
+    for name, sigma in sigmas.items():
+        allowed = [members[name].sigma(), of_twin.sigmas.get(name, float("nan"))]
+        # The last forward may have been one in another dtype.
+        assert any(abs(sigma - a) <= 0.02 * max(1, abs(a)) for a in allowed), (
+            f"σ of {name} is {sigma}, expected one of {allowed}"
+        )
+    assert all(value == value for value in group.log_dict().values())
+    repr(group)
+
+
+@operation(seed=SEED)
+def penalty_inside(side: Side, seed: int) -> Tensor:
+    """A loss whose graph has two entries of the model, one inside of the other's output."""
+    y = side.model(side.model(inputs(seed)))
+    back_from(squares(y))
+    return y

@@ -1,0 +1,36 @@
+"""A short run of the machine; ``make fuzz`` makes a long one."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from machine import LEAVE_OUT, machine
+from pair import Pair
+from registry import OPERATIONS
+from run import profile
+
+import spectral_ext
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Ignore warnings, which a user gets for some of the operations, and ask for speed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_a_fused_model_does_what_its_twin_does():
+    short = settings(profile(60), derandomize=bool(os.environ.get("CI")))
+    run_state_machine_as_test(machine([*LEAVE_OUT, *KNOWN]), settings=short)
+
+
+def test_there_are_at_least_thirty_operations():
+    assert len(OPERATIONS) >= 30
