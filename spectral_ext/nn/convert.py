@@ -39,7 +39,8 @@ def stock_state_dict(model: Module, layout: Layout = "parametrization") -> dict[
     result = OrderedDict(state)
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        for tensor_name, norm in _norms(module, name, layout):
+        norms = _norms(module, name, layout)
+        for tensor_name, norm in norms:
             if isinstance(norm, StockHook) and layout == "parametrization":
                 pairs = keys(prefix, tensor_name)
                 _rename(result, dict(pairs))
@@ -48,6 +49,8 @@ def stock_state_dict(model: Module, layout: Layout = "parametrization") -> dict[
                 _rename(result, {key: hook for hook, key in keys(prefix, tensor_name)})
                 _describe_hook(metadata, name, tensor_name)
             _fix_vectors_of_1d(result, prefix, tensor_name, norm.eps, layout)
+        if layout == "hook" and len(norms) > 1:
+            _weights_before_vectors(result, prefix, [tensor_name for tensor_name, _ in norms])
     result._metadata = metadata  # type: ignore[attr-defined]
     return result
 
@@ -75,6 +78,16 @@ def _rename(state: OrderedDict[str, Any], names: dict[str, str]) -> None:
     """Rename keys in place, and keep their order."""
     for key in list(state):
         state[names.get(key, key)] = state.pop(key)
+
+
+def _weights_before_vectors(state: OrderedDict[str, Any], prefix: str, names: list[str]) -> None:
+    """Order the keys of a module with several hooks: all weights first, as PyTorch's are parameters."""
+    own = [[hook for hook, _ in keys(prefix, name)] for name in names]
+    ordered = [key for key, *_ in own] + [key for _, *vectors in own for key in vectors]
+    moved = iter(key for key in ordered if key in state)
+    places = set(ordered)
+    for key in [next(moved) if key in places else key for key in state]:
+        state.move_to_end(key)
 
 
 def _fix_vectors_of_1d(

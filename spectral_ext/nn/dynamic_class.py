@@ -177,6 +177,7 @@ def register(module: Module, name: str, parametrization: Module, *, unsafe: bool
         parametrize.register_parametrization(module, name, parametrization, unsafe=unsafe)
         own_class(module)
         return
+    parametrization.train(module.training)
     cls = class_for_parametrizations(module)
     list_ = ParametrizationList([parametrization], getattr(module, name), unsafe=unsafe)
     delattr(module, name)

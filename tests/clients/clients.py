@@ -23,14 +23,28 @@ class Client:
     native: bool = False
     """Whether something in it was compiled for the build of torch that the registry has."""
     tests: tuple[str, ...] = ()
-    """Those of its own tests that call a normalized layer and take seconds, in its source distribution."""
+    """Arguments of pytest: those of its own tests that call normalized layers and take seconds."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """Files that the source distribution lacks: where, and which file of this folder ("" is an empty one)."""
 
 
 CLIENTS = {
     "audiocraft": Client(("audiocraft==1.3.0",)),
     "basicsr": Client(("basicsr==1.4.2",), isolated=False),  # an isolated build installs torch
     "coqui-tts": Client(("coqui-tts==0.28.0",)),
-    "deel-torchlip": Client(("deel-torchlip==1.0.5",)),
+    "deel-torchlip": Client(
+        ("deel-torchlip==1.0.5",),
+        tests=(
+            "tests/test_layers.py",
+            "tests/test_condense.py",
+            "-k",
+            "not 150 and not conv2d_pad",
+        ),
+        beside=(
+            ("tests/__init__.py", ""),
+            ("tests/utils_framework.py", "torchlip_framework.py"),
+        ),
+    ),
     "dgmr": Client(
         ("dgmr==1.4.4", "pytorch-msssim==1.0.0"),
         ("einops", "huggingface-hub", "pytorch-lightning", "safetensors", "torchvision"),

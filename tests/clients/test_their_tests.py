@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import prepare
 import pytest
-from clients import CLIENTS
+from clients import CLIENTS, Client
 from install import source
 from required import require
 
@@ -36,6 +37,13 @@ def run_twice(
     return stock, run(folder, tests, results / "fused.json", *options)
 
 
+def copy_of_source(client: Client, folder: Path) -> Path:
+    shutil.copytree(source(client), folder)
+    for place, file in client.beside:
+        (folder / place).write_text((HERE / file).read_text() if file else "")
+    return folder
+
+
 def differences(stock: Outcomes, fused: Outcomes) -> dict[str, tuple[object, object]]:
     names = stock.keys() | fused.keys()
     pairs = {name: (stock.get(name, {}), fused.get(name, {})) for name in names}
@@ -49,12 +57,13 @@ def test_their_tests_do_not_see_that_the_model_is_fused(name, tmp_path):
     client = CLIENTS[name]
     function = name.replace("-", "_")
     options = ("--prepare", function) if hasattr(prepare, function) else ()
-    stock, fused = run_twice(source(client), client.tests, tmp_path, *options)
+    folder = copy_of_source(client, tmp_path / "source")
+    stock, fused = run_twice(folder, client.tests, tmp_path, *options)
     assert not differences(stock, fused)
-    assert len(stock) == len(client.tests)
-    for test in stock:
-        assert stock[test]["outcome"] == "passed in call", stock[test]
-        assert stock[test]["layers"] > 0 and fused[test]["layers"] > 0
+    passed = {test for test, outcome in stock.items() if outcome["outcome"] == "passed in call"}
+    normalized = {test for test in stock if stock[test]["layers"] > 0}
+    assert normalized and normalized <= passed, {test: stock[test] for test in normalized - passed}
+    assert all(fused[test]["layers"] > 0 for test in normalized)
 
 
 SUITE = """
