@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/cuda_*/*))
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/cuda_*/* tests/cpu_kernels/*))
 
 # What `make gpu` runs: a Python that has torch with CUDA and pytest.
 GPU_PYTHON ?= python3
@@ -21,7 +21,7 @@ GROUPS := distributed clients nn cuda_emulator examples
 # The examples whose reports stand in docs/applications; each takes up to ten minutes.
 APPLICATIONS := image_gan text_to_image_gan video_gan uncertainty robust_classifier norms
 
-.PHONY: help demo applications $(APPLICATIONS) test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke docs pictures dist clean FORCE
+.PHONY: help demo applications $(APPLICATIONS) test $(GROUPS:%=test-%) lint format bench bench-plots gpu gpu-smoke sanitize fuzz docs pictures dist clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## say what there is
@@ -55,6 +55,12 @@ gpu:  ## build, test and measure on the NVIDIA GPU here, in 8 minutes (DRY_RUN=1
 
 gpu-smoke:  ## the essential half of it, in 2 minutes
 	$(GPU_PYTHON) bench/gpu/run.py --smoke $(if $(DRY_RUN),--dry-run)
+
+sanitize: $(VENV)/installed  ## numbers, malformed calls and memory of the CPU library under AddressSanitizer and UBSan (15 minutes)
+	$(BIN)/python tests/sanitize.py
+
+fuzz: $(VENV)/installed  ## malformed calls of the operators, for FUZZ_ARGS="--minutes 5 --seed 0"
+	$(BIN)/python tests/fuzz/malformed_calls.py $(FUZZ_ARGS)
 
 lint: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check

@@ -295,22 +295,32 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
 
 }  // namespace
 
+void check_attach(TensorList weights, at::IntArrayRef dims, at::ArrayRef<double> scales,
+                  const c10::List<bool>& soft, const c10::List<bool>& detach_sigma) {
+  const size_t count = weights.size();
+  TORCH_CHECK_VALUE(dims.size() == count && scales.size() == count && soft.size() == count &&
+                        detach_sigma.size() == count,
+                    "dims, scales, soft and detach_sigma must each have ", count,
+                    " entries, as weights has");
+  for (size_t i = 0; i < count; ++i) {
+    TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].sym_numel() > 0,
+                      "dim of layer ", i, " is ", dims[i], ", out of range for its weight");
+  }
+}
+
 std::tuple<std::vector<Tensor>, Tensor> attach(TensorList weights, TensorList outputs,
                                                const Tensor& saved, const Tensor& sigmas,
                                                at::IntArrayRef dims, at::ArrayRef<double> scales,
                                                const c10::List<bool>& soft,
                                                const c10::List<bool>& detach_sigma) {
+  check_attach(weights, dims, scales, soft, detach_sigma);
   const size_t count = weights.size();
-  TORCH_CHECK_VALUE(outputs.size() == count && dims.size() == count && scales.size() == count &&
-                        soft.size() == count && detach_sigma.size() == count,
-                    "outputs, dims, scales, soft and detach_sigma must each have ", count,
+  TORCH_CHECK_VALUE(outputs.size() == count, "outputs must have ", count,
                     " entries, as weights has");
   c10::SymInt saved_size = 0;
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(outputs[i].sym_sizes() == weights[i].sym_sizes(), "the output of layer ", i,
                       " has shape ", outputs[i].sym_sizes(), ", expected ", weights[i].sym_sizes());
-    TORCH_CHECK_INDEX(dims[i] >= 0 && dims[i] < weights[i].dim() && weights[i].sym_numel() > 0,
-                      "dim of layer ", i, " is ", dims[i], ", out of range for its weight");
     const c10::SymInt rows = weights[i].sym_size(dims[i]);
     saved_size += rows + weights[i].sym_numel() / rows;
   }

@@ -16,4 +16,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> attach(
     const at::Tensor& sigmas, at::IntArrayRef dims, at::ArrayRef<double> scales,
     const c10::List<bool>& soft, const c10::List<bool>& detach_sigma);
 
+/// Checks those arguments of attach() that a forward does not check.
+void check_attach(at::TensorList weights, at::IntArrayRef dims, at::ArrayRef<double> scales,
+                  const c10::List<bool>& soft, const c10::List<bool>& detach_sigma);
+
 }  // namespace spectral_ext

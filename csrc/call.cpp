@@ -72,6 +72,7 @@ class Call : public torch::CustomClassHolder {
     static const auto forward = find<Forward>("spectral_ext::forward_");
     std::vector<Tensor> outputs;
     Tensor saved, sigmas, convergence;
+    if (attached) check_attach(weights_, dims_, scales_, soft_, detach_sigma_);
     {
       const at::AutoDispatchBelowAutograd guard;
       std::tie(outputs, saved, sigmas) = allocate.call(weights_, dims_, dtype);

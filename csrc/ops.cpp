@@ -86,3 +86,15 @@ TORCH_LIBRARY_IMPL(spectral_ext, CPU, m) {
   m.impl("forward_", spectral_ext::forward_cpu);
   m.impl("backward", spectral_ext::backward_cpu);
 }
+
+// Torch would compute with copies of such tensors, write them back and then fail, since forward_
+// returns nothing. Without that the checks see and refuse them.
+TORCH_LIBRARY_IMPL(spectral_ext, Negative, m) {
+  m.impl("forward_", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(spectral_ext, Conjugate, m) {
+  m.impl("forward_", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(spectral_ext, ZeroTensor, m) {
+  m.impl("forward_", torch::CppFunction::makeFallthrough());
+}

@@ -304,7 +304,7 @@ def attach_arguments():
 
 
 ATTACH_CASES = {
-    ("fewer outputs", "each have 2"): {"outputs": [OTHER]},
+    ("fewer outputs", "outputs must have 2"): {"outputs": [OTHER]},
     ("fewer dims", "each have 2"): {"dims": [0]},
     ("fewer scales", "each have 2"): {"scales": [1.0]},
     ("fewer soft", "each have 2"): {"soft": []},
@@ -350,6 +350,8 @@ PREPARED_CASES = {
     "scale": {"scales": [1.0, math.inf]},
     "iterations": {"n_power_iterations": [1, 0]},
     "dim": {"dims": [0, 2]},
+    "negative dim of an attached call": {"dims": [0, -2]},
+    "fewer detach_sigma": {"detach_sigma": []},
     "u of another size": {"us": [torch.randn(4), torch.randn(4)]},
     "u twice": {"us": [OTHER.reshape(-1)[:4], OTHER.reshape(-1)[:5]]},
     "no layer": {key: [] for key in ("weights", "us", "vs", "dims", *_SETTINGS)},
@@ -368,9 +370,21 @@ def test_prepared_call(case):
     assert saved.shape == (18,) and sigmas.isfinite().all() and convergence.shape == (4,)
     before = [v.clone() for v in (*wrong["us"], *wrong["vs"])]
     with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)):
-        cpu.prepare(*wrong.values())(True, False, None)
+        cpu.prepare(*wrong.values())(True, True, None)
     for vector, old in zip((*wrong["us"], *wrong["vs"]), before, strict=True):
         assert torch.equal(vector, old)
+
+
+@pytest.mark.parametrize("name", ["sigmas", "saved", "us"])
+def test_lazy_negation(name):
+    """Torch's own way with them would fail after it has written."""
+    arguments = forward_arguments()
+    lazy = torch._neg_view(torch.empty(4 if name == "us" else len(arguments[name])))
+    arguments[name] = [lazy, arguments["us"][1]] if name == "us" else lazy
+    before = [v.clone() for v in arguments["vs"]]
+    with pytest.raises(ValueError, match=r"must be a contiguous|lazy negation"):
+        torch.ops.spectral_ext.forward_(*arguments.values())
+    assert all(map(torch.equal, arguments["vs"], before))
 
 
 _OF_A_CALL = ("outputs", "saved", "sigmas", "convergence", "update")
