@@ -26,6 +26,7 @@ from test_numeric import (  # noqa: F401  tests of every backend are collected h
     test_two_forwards_then_backward_of_the_first,
     test_zero_weight,
 )
+from test_one_sign import test_numbers_of_one_sign  # noqa: F401  and this
 from test_vectors import (  # noqa: F401  and these
     test_a_weight_without_sigma_leaves_the_vectors,
     test_averaged_vectors_are_rewritten_by_no_rule,
