@@ -324,7 +324,7 @@ BUGS = [
         "restart from the vector that was orthogonal to the weight",
         "device.cuh",
         "return alternating && i % 2 == 0 ? -x : x;",
-        "return x;",
+        "return alternating && i % 2 > 1 ? -x : x;",
         VECTORS,
     ),
     Bug(
