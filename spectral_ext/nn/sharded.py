@@ -11,7 +11,7 @@ rank. A step of the power method multiplies a vector ``x`` by ``A`` and the resu
 - The ranks have **columns of A**: ``t = Σ A_k x_k`` takes one all-reduce, the parts ``A_kᵀ t/d1`` of ``s/d1``
   another.
 
-All layers of a group go through the same all-reduces, which carry ``h + w + 1`` numbers for a weight of ``h·w``.
+All layers of a group go through the same all-reduces, of ``h + w + 1`` numbers for a weight of ``h·w``.
 Where σ is 0, the ranks must agree whether the weight is zero: the first all-reduce carries one more number,
 which tells whether ``A`` times the vector to restart from is 0. Both products take one read of the shard.
 
