@@ -92,8 +92,9 @@ def spectral_normalize(
         differentiable; ``u`` and ``v`` count as constants, as in Miyato et al. (2018), equation (11).
 
         A 1-D weight under ``u_first`` is divided by its norm as in stock; its ``u`` and ``v`` are not
-        looked at and may be None. A weight whose σ is exactly 0 is passed through, where stock
-        gives NaN.
+        looked at and may be None. A weight whose σ is exactly 0 is passed through, where PyTorch
+        gives NaN. ``us`` and ``vs`` are never left zero, NaN or infinite; see
+        :mod:`spectral_ext.reference`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was written.

@@ -26,6 +26,8 @@ import torch  # noqa: E402
 from stock import Layer, iterate  # noqa: E402
 from test_numeric import check_backward, check_forward, gradients, normalize  # noqa: E402
 from test_options import run  # noqa: E402
+from test_vectors import check_like_reference as check_restarts  # noqa: E402
+from test_vectors import without_sigma  # noqa: E402
 
 from spectral_ext import backends  # noqa: E402
 from spectral_ext.backends.triton import (  # noqa: E402
@@ -66,6 +68,12 @@ OTHER = [
     ("forward_kernels", "v_norm = tl.sqrt(v_square)", "pass"),
     ("forward_kernels", '(square > 0) & (square < float("inf"))', "square < 2"),
     ("forward_kernels", "tl.abs(square - 1.0) > number(facts, SLACK)", "square > 0"),
+    ("forward_kernels", "40503 * i % 65536", "40503 * i"),
+    ("forward_kernels", "first > 0, -1.0, 1.0", "first > 0, 1.0, 1.0"),
+    ("forward_kernels", "result = 1 - tl.max", "result = tl.max"),
+    ("forward_kernels", "begin += 1024", "begin += count"),
+    ("forward_kernels", "is_usable(u_square) & is_usable(v_square)", "is_usable(u_square)"),
+    ("forward_kernels", "is_usable(u_square) & is_usable(v_square)", "is_usable(v_square)"),
     ("forward_kernels", "gap <= 0, 0.0", "gap < 0, 0.0"),
     ("forward_kernels", "if number(facts, TOL) > 0:", "if number(facts, TOL) >= 0:"),
     ("forward_kernels", "place + count", "place + 1"),
@@ -244,7 +252,7 @@ def check_options(order):
         vector.copy_(torch.tensor([1.0, 0.0]))
     _, iterations = check_like_reference(layers, True)
     assert iterations.tolist() == [1, 2, 3, 4, 1, 1, 1, 1, 1, 1]
-    # Averages, but the vectors of half precision are within rounding; and of a zero u there is no norm.
+    # Averages, but the vectors of half precision are within rounding; and a zero u gives NaN.
     factors = [(0.5, 0.25)] * 5 + [(1 + 2**-7, 1), (0, 1)] + [(0.5, 0.25)] * 3
     check_like_reference([moved(one, *f) for one, f in zip(layers, factors, strict=True)], False)
 
@@ -263,7 +271,7 @@ def check_like_reference(layers, update):
         vectors = [vector for one in part for vector in (one.u, one.v)]
         results.append([sigmas.detach(), *normalized, *gradients, *vectors])
         reports.append(report)
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, equal_nan=True)
     torch.testing.assert_close(*reports, rtol=0, atol=1e-4, equal_nan=True)
     return reports[0]
 
@@ -283,6 +291,12 @@ def check():
         check_forward(layers, True, "triton")
         check_forward(layers, False, "triton")
         check_options(order)
+        shapes = [(37, 20), (5, 7), (9, 7), (6, 4), (40, 30), (4, 3)]
+        lost = without_sigma([layer(shape, order=order) for shape in shapes])
+        lost.append(layer((4, 3, 2, 5), layout="channels_last", order=order))
+        lost[-1].v.zero_()
+        check_restarts(lost, "triton")
+        check_restarts([moved(layer((5, 7), dtype=torch.bfloat16, order=order), 0, 0)], "triton")
     check_forward([layer((5, 300), eps=100.0), layer((1, 129 * 128))], True, "triton")
 
     huge = layer((20, 10), scale=1e30, eps=1e-305)

@@ -424,6 +424,22 @@ class SpectralNorm(StockSpectralNorm):
             if vector is not None and vector.dtype != dtype:
                 self._buffers[name] = vector.to(dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the vectors of a tied layer that shares them with another as tensors of their own.
+
+        Files of safetensors keep one of several tensors that share memory, and a model in which the
+        layers are not fused needs the vectors of each.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        group = None if self._group is None else self._group()
+        if group is None or keep_vars or self.is_vector:
+            return
+        vector = self._buffers["_u"]
+        norms = (layer.parametrization for layer in group._layers)
+        if next((norm for norm in norms if norm._buffers.get("_u") is vector), self) is not self:
+            for name in ("_u", "_v"):
+                destination[prefix + name] = destination[prefix + name].clone()
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any
     ) -> None:

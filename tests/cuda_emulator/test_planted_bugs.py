@@ -14,11 +14,13 @@ import pytest
 import samples
 import torch
 from test_numeric import check_backward, check_forward
+from test_vectors import check_like_reference, without_sigma
 
 NUMBERS = r"error .*, allowed"
 REPORT = r"(residual|iterations) of .*: "
 BITS = r"other bits under Schedule"
 WRONG = f"({NUMBERS})|({BITS})"  # whichever run is wrong: it depends on who runs first
+VECTORS = f"({NUMBERS})|not close|not equal"
 OUTSIDE = r"wrote beyond its results"
 ALIGNMENT = r"misaligned address"
 RACE = r"ThreadSanitizer: data race"
@@ -305,6 +307,34 @@ BUGS = [
         NUMBERS,
     ),
     Bug(
+        "weight of zeros taken for another",
+        "scale.cuh",
+        "return block_sum(is_zero ? 0 : 1) == 0;",
+        "return block_sum(is_zero ? 0 : 1) > 0;",
+        VECTORS,
+    ),
+    Bug(
+        "vectors kept that are orthogonal to the weight",
+        "scale.cuh",
+        "if (!restart && sigma == 0)",
+        "if (restart && sigma == 0)",
+        VECTORS,
+    ),
+    Bug(
+        "restart from the vector that was orthogonal to the weight",
+        "device.cuh",
+        "return alternating && i % 2 == 0 ? -x : x;",
+        "return alternating && i % 2 > 1 ? -x : x;",
+        VECTORS,
+    ),
+    Bug(
+        "v without a use kept",
+        "scale.cuh",
+        "!layer.is_usable(square_of(layer, layer.v, table.v_stride, columns))",
+        "!layer.is_usable(square_of(layer, layer.u, table.u_stride, rows))",
+        VECTORS,
+    ),
+    Bug(
         "wide vectors read as elements of the weight",
         "layer.cuh",
         "if (!table.wide_vectors) return",
@@ -341,6 +371,10 @@ def check_all(emulate, variant, command, dtype=torch.float32):
         layers = lists.layers(lists.TINY, dtype, order=order, n_power_iterations=3)
         options.check(emulated, options.mixed(layers, True), True)
     options.check(emulated, options.mixed(lists.layers(lists.TINY, dtype), False), False)
+    for order in ("u_first", "v_first"):
+        check_like_reference(
+            without_sigma(lists.layers(lists.TINY, dtype, order=order)), "emulated"
+        )
     dense = [la for la in lists.layers(lists.TINY, dtype) if la.weight.is_contiguous()]
     options.check_half_outputs(emulated, dense)
 

@@ -238,7 +238,7 @@ class Collectives(TorchDispatchMode):
 
 
 def wire(kind):
-    """On entry: one all-reduce of h + w numbers a layer and iteration; no weight is gathered."""
+    """On entry: one all-reduce of h + w + 1 numbers a layer and iteration; no weight is gathered."""
     net = make(kind)
     spectral_ext.fuse(net)
     shard(net)
@@ -251,6 +251,7 @@ def wire(kind):
         first, second = 0, 0
         for name in active:
             u, v = map(len, sizes[name])
+            first += 1  # whether the weight is zero
             # FSDP cuts dimension 0: rows, but of the transposed convolution columns.
             if (name == "blocks.0.0") is (kind == "v_first"):
                 first += u + v

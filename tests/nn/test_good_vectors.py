@@ -209,6 +209,29 @@ def test_a_checkpoint_of_weights_alone_loads_strictly(fused, how, layout):
     assert not any(t.is_meta for t in (*net.parameters(), *net.buffers()))
 
 
+def test_tied_layers_have_vectors_of_their_own_in_a_state_dict():
+    """They share them while they are fused; a file may keep one of two tensors that share memory."""
+
+    def tied():
+        net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+        net[1].weight = net[0].weight
+        for layer in net:
+            spectral_ext.spectral_norm(layer)
+        return net
+
+    net = tied()
+    spectral_ext.fuse(net)
+    net(torch.eye(5))
+    state = net.state_dict()
+    vectors = [v for k, v in state.items() if k.endswith(("_u", "_v"))]
+    assert len(vectors) == len({v.data_ptr() for v in vectors}) == 4
+    lead = net[0].parametrizations.weight[0]
+    assert state["0.parametrizations.weight.0._u"].data_ptr() == lead._u.data_ptr()
+    other = tied()
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(torch.eye(5)), net.eval()(torch.eye(5)))
+
+
 def test_a_missing_weight_is_reported():
     net, state = model(), plain_state()
     del state["0.weight"]

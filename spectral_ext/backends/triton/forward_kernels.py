@@ -350,10 +350,9 @@ def find_sigma(facts, sums, A: tl.constexpr):
 
 
 @triton.jit
-def start_entries(i, alternating):
+def start_entries(i):
     """Return entries of the vector to restart from, before the division by its norm."""
-    x = 1.0 + (40503 * i % 65536).to(tl.float64) / 65536
-    return tl.where(alternating & (i % 2 == 0), -x, x)
+    return 1.0 + (40503 * i % 65536).to(tl.float64) / 65536
 
 
 @triton.jit
@@ -377,16 +376,18 @@ def leave_vector(address, stride, count, is_wide, restart, saved, T: tl.constexp
     """Save u or v as it is, or put the vector to restart from into it and save that."""
     i = tl.arange(0, 128).to(tl.int64)
     first = tl.max(load_vector(address, i * 0, is_wide, i < 1, T, A), axis=0)
+    sign = tl.where(first > 0, -1.0, 1.0)  # of the even entries: not the vector that it is
     squares = tl.zeros([128], tl.float64)
     for begin in range(0, count, 128):
-        x = start_entries(begin + i, False)
+        x = start_entries(begin + i)
         squares += tl.where(begin + i < count, x * x, 0.0)
     norm = tl.sqrt(tl.sum(squares, axis=0))
     for begin in range(0, count, 128):
         exist = begin + i < count
         place = (begin + i) * stride
         if restart:
-            x = (start_entries(begin + i, first > 0) / norm).to(A)
+            x = start_entries(begin + i) / norm
+            x = tl.where(i % 2 == 0, x * sign, x).to(A)
             store_vector(address, place, x, is_wide, exist, T, A)
         else:
             x = load_vector(address, place, is_wide, exist, T, A)
