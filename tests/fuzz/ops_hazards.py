@@ -238,7 +238,8 @@ def what_the_group_tells(pair: Pair) -> None:
     members = {norm.name: norm for norm in of_twin.members()}
     assert set(sigmas) == set(members), f"layers {set(sigmas)}, the model has {set(members)}"
     for name, sigma in sigmas.items():
-        allowed = [members[name].sigma(), of_twin.sigmas.get(name, float("nan"))]
+        seen = (of_twin.sigmas, of_twin.sigmas_before)
+        allowed = [members[name].sigma(), *(s[name] for s in seen if name in s)]
         # The last forward may have been one in another dtype.
         assert any(abs(sigma - a) <= 0.02 * max(1, abs(a)) for a in allowed), (
             f"σ of {name} is {sigma}, expected one of {allowed}"

@@ -126,7 +126,9 @@ class TwinGroup:
         self.kept: list[bool] | None = None
         self.kept_state: list[tuple[int, int]] = []
         self.was_captured = False
+        # σ of each layer in the last forward and in the one before, which an interrupt may leave.
         self.sigmas: dict[str, float] = {}
+        self.sigmas_before: dict[str, float] = {}
         for norm in members:
             if norm.is_hook:
                 norm.norm.__class__ = QuietHook
@@ -187,6 +189,7 @@ class TwinGroup:
                 self.compute(norm, update)
             self.note(members, advance)
             if not of_the_user:
+                self.sigmas_before = self.sigmas
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
             try:
                 yield
