@@ -1,10 +1,13 @@
 """Time this tree against another commit: the ratio says whether plain layers became slower.
 
-    python bench/compare.py REVISION [--models NAME ...] [--repeats N] [--threads N]
+    python bench/compare.py REVISION [--models NAME ...] [--repeats N] [--threads N] [--at-most RATIO]
 
-The other commit is checked out and compiled under ``build/compare``. Each tree runs in a process of its own;
-they take turns, so that a change of the machine's speed meets both. A ratio is this tree's time divided by
-the other's.
+The other commit is checked out and compiled under ``build/compare``. Each tree runs in a process of its own.
+The processes are timed alternately, so that a change of the machine's speed affects both. A ratio is this
+tree's time divided by the other's. Models of tiny layers show what a layer costs on the host before any
+arithmetic.
+
+With ``--at-most`` the exit status is 1 if a row is slower than that: if 80 % of its ratios are larger.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +34,8 @@ import spectral_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = json.loads((ROOT / "spectral_ext" / "benchmark" / "model_shapes.json").read_text())
-MODELS = ("sngan_cifar10_D", "sngp_wrn28_10", "biggan128_D_ch96")
-MODES = ("forward", "forward+backward", "evaluation")
+MODELS = ("1 x 8x8", "200 x 8x8", "sngan_cifar10_D", "sngp_wrn28_10", "biggan128_D_ch96")
+MODES = ("forward", "with gradients", "forward+backward", "evaluation")
 
 
 def git(*arguments: str) -> str:
@@ -96,11 +100,12 @@ def serve(name: str, tree: str) -> None:
 
     calls = {
         "forward": torch.no_grad()(model),
+        "with gradients": model,
         "forward+backward": forward_backward,
         "evaluation": torch.no_grad()(model),
     }
     for line in sys.stdin:
-        mode, count = line.split()
+        mode, count = line.rsplit(maxsplit=1)
         model.train(mode != "evaluation")
         calls[mode]()
         print(json.dumps([milliseconds(calls[mode]) for _ in range(int(count))]), flush=True)
@@ -125,40 +130,87 @@ def ask(process: "subprocess.Popen[str]", mode: str, count: int) -> list[float]:
     return json.loads(process.stdout.readline())
 
 
+@dataclass(frozen=True)
+class Row:
+    """What was measured for a mode of a model: medians in milliseconds, and the ratio of each turn."""
+
+    model: str
+    mode: str
+    here: float
+    there: float
+    ratios: list[float]
+
+    @property
+    def quantiles(self) -> tuple[float, float]:
+        """The 20 % and 80 % quantiles of the ratios."""
+        low, *_, high = statistics.quantiles(self.ratios, n=5, method="inclusive")
+        return low, high
+
+    def is_slower(self, bound: float) -> bool:
+        """Return whether the ratio exceeds a bound beyond the noise: in 80 % of the turns."""
+        return self.quantiles[0] > bound
+
+    def cells(self) -> list[str]:
+        """Return the row of the table."""
+        low, high = self.quantiles
+        of_turns = f"{statistics.median(self.ratios):.3f} ({low:.3f} to {high:.3f})"
+        medians = [f"{value:.3f}" for value in (self.here, self.there, self.here / self.there)]
+        return [self.model, self.mode, *medians, of_turns]
+
+
 def compare(
-    table: Table, name: str, trees: tuple[Path, Path], repeats: int, threads: int, tick
-) -> None:
-    """Add a row for each mode of a model."""
+    name: str,
+    trees: tuple[Path, Path],
+    repeats: int,
+    threads: int,
+    tick: Callable[[], object],
+) -> Iterator[Row]:
+    """Yield a row for each mode of a model."""
     with worker(trees[0], name, threads) as ours, worker(trees[1], name, threads) as theirs:
         for mode in MODES:
             fastest = min(min(ask(p, mode, 3)) for p in (ours, theirs))
-            count = max(1, min(40, round(20 / fastest)))
-            times: dict[int, list[float]] = {ours.pid: [], theirs.pid: []}
+            count = max(1, min(40, round(20 / max(fastest, 0.01))))
+            here: list[float] = []
+            there: list[float] = []
             ratios = []
             for turn in range(repeats):
-                medians = {}
+                found = {}
                 for process in (ours, theirs) if turn % 2 else (theirs, ours):
-                    found = ask(process, mode, count)
-                    times[process.pid] += found
-                    medians[process.pid] = statistics.median(found)
-                ratios.append(medians[ours.pid] / medians[theirs.pid])
+                    found[process] = ask(process, mode, count)
+                here += found[ours]
+                there += found[theirs]
+                ratios.append(statistics.median(found[ours]) / statistics.median(found[theirs]))
                 tick()
-            here, there = (statistics.median(times[p.pid]) for p in (ours, theirs))
-            low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
-            median = statistics.median(ratios)
-            row = (f"{here:.3f}", f"{there:.3f}", f"{here / there:.3f}")
-            table.add_row(name, mode, *row, f"{median:.3f} ({low:.3f} to {high:.3f})")
+            yield Row(name, mode, statistics.median(here), statistics.median(there), ratios)
 
 
-def main() -> int:
-    """Run the comparison."""
+def table_of(rows: list[Row], revision: str) -> Table:
+    """Return the table of all rows."""
+    columns = ("model", "mode", "ms here", f"ms {revision}", "of medians", "by turns (20 to 80 %)")
+    table = Table(*columns, title=f"this tree divided by {revision}")
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("revision", nargs="?", default="HEAD~1")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=30, help="turns of each, at least 2")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--at-most", type=float, metavar="RATIO", help="fail if a row is slower")
     parser.add_argument("--serve", nargs=2, metavar=("NAME", "TREE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.repeats < 2:
+        parser.error("--repeats must be at least 2")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison; return the exit status."""
+    args = parsed(arguments)
     torch.set_num_threads(args.threads)
     if args.serve:
         serve(*args.serve)
@@ -166,23 +218,18 @@ def main() -> int:
     console = Console(width=max(110, Console().width))
     with console.status(f"checking out and compiling {args.revision}"):
         trees = (ROOT, tree_of(args.revision))
-    columns = (
-        "model",
-        "mode",
-        "ms here",
-        f"ms {args.revision}",
-        "of medians",
-        "by turns (20 to 80 %)",
-    )
-    table = Table(*columns, title=f"this tree divided by {args.revision}")
+    rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:
         total = len(MODES) * args.repeats * len(args.models)
         task = progress.add_task("timing", total=total)
+        tick = partial(progress.advance, task)
         for name in args.models:
-            tick = partial(progress.advance, task)
-            compare(table, name, trees, args.repeats, args.threads, tick)
-    console.print(table)
-    return 0
+            rows += compare(name, trees, args.repeats, args.threads, tick)
+    console.print(table_of(rows, args.revision))
+    slower = [row for row in rows if args.at_most is not None and row.is_slower(args.at_most)]
+    for row in slower:
+        console.print(f"slower than {args.at_most}: {row.model}, {row.mode}", soft_wrap=True)
+    return 1 if slower else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 // The autograd node of a computation, for backends whose kernels are native. It does what
 // spectral_ext/autograd.py says, without Python between the engine and the kernels; that file's own
 // node serves the other backends, torch.compile and functorch.
+//
+// The node saves outputs through aliases with version counters of their own, since a saved output
+// may be changed in place: nn.Embedding(max_norm=…) does it, and masks on `layer.weight`. The node
+// reads the counters of the outputs itself, and computes a changed output again from its weight.
 #include "autograd.h"
 
 #include <ATen/TensorOperators.h>
@@ -10,6 +14,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -53,6 +58,11 @@ std::vector<Tensor> backward(const Gradients& grad_outputs,
                  targets.soft, targets.detach_sigma, mask, targets.widen);
 }
 
+/// Whether the output is the weight as it is; see layer.h.
+Tensor left_alone(const Tensor& sigma, const Targets& targets, size_t layer) {
+  return targets.soft[layer] ? sigma <= targets.scales[layer] : sigma == 0;
+}
+
 /// spectral_ext/reference.py's backward: made of differentiable operations that vmap knows too.
 Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sigma,
                                const Tensor& output, const Tensor& sigma, const Tensor& u,
@@ -66,7 +76,7 @@ Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sig
   if (grad_output.defined()) {
     const Tensor grad = grad_output.to(dtype);
     const bool detach = targets.detach_sigma[layer];
-    const Tensor is_left_alone = targets.soft[layer] ? sigma <= scale : sigma == 0;
+    const Tensor is_left_alone = left_alone(sigma, targets, layer);
     const Tensor factor = detach ? sigma.detach() : sigma;
     total = total + grad / at::where(is_left_alone, 1, factor / scale);
     if (!detach) {
@@ -83,6 +93,79 @@ Tensor differentiable_backward(const Tensor& grad_output, const Tensor& grad_sig
 bool is_batched(const Tensor& tensor) {
   return tensor.defined() && (tensor.key_set().has(c10::DispatchKey::FuncTorchBatched) ||
                               tensor.key_set().has(c10::DispatchKey::Batched));
+}
+
+// ---- outputs that were changed in place ----
+
+/// The versions of outputs and weights at the time of the forward, of layers that are needed.
+class Versions {
+ public:
+  static void save(AutogradContext* ctx, TensorList outputs, TensorList weights) {
+    auto* versions = new Versions;
+    // The storage of a tensor without elements: compiled autograd takes no other object.
+    c10::DataPtr memory(versions, versions, remove, at::kCPU);
+    ctx->saved_data["versions"] = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(c10::Storage::use_byte_size_t(), 0, std::move(memory)),
+        c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<uint8_t>());
+    versions->outputs_.reserve(outputs.size());
+    versions->weights_.reserve(weights.size());
+    for (const Tensor& output : outputs) {
+      const c10::VariableVersion& now = output.unsafeGetTensorImpl()->version_counter();
+      versions->outputs_.push_back({now, current(now)});
+    }
+    for (const Tensor& weight : weights) {
+      versions->weights_.push_back(current(weight.unsafeGetTensorImpl()->version_counter()));
+    }
+  }
+
+  static const Versions& of(const AutogradContext* ctx) {
+    const Tensor& tensor = ctx->saved_data.at("versions").toTensor();
+    return *tensor.storage().data_ptr().cast_context<Versions>(remove);
+  }
+
+  bool is_output_changed(size_t place) const {
+    const auto& [counter, version] = outputs_[place];
+    return current(counter) != version;
+  }
+
+  /// The weight as it was in the forward. The graph holds it if it is a leaf.
+  Tensor weight(size_t place, size_t layer) const {
+    const auto node = torch::autograd::get_current_node();
+    const auto* leaf = node ? dynamic_cast<const torch::autograd::AccumulateGrad*>(
+                                  node->next_edge(place).function.get())
+                            : nullptr;
+    const bool is_leaf = leaf != nullptr && leaf->variable.defined();
+    const bool is_changed =
+        is_leaf &&
+        current(leaf->variable.unsafeGetTensorImpl()->version_counter()) != weights_[place];
+    TORCH_CHECK(
+        is_leaf && !is_changed, "the normalized weight of layer ", layer,
+        " was changed in place after the forward, and the backward cannot compute it again, "
+        "because its weight ",
+        is_changed ? "was changed in place too" : "is not a parameter",
+        "; change a copy of the normalized weight, as in `layer.weight * mask`",
+        is_changed ? ", or call backward() before the weight changes" : "");
+    return leaf->variable.detach();
+  }
+
+ private:
+  /// Tensors that were made in inference mode have no version.
+  static int64_t current(const c10::VariableVersion& counter) {
+    return counter.enabled() ? counter.current_version() : 0;
+  }
+  static void remove(void* versions) { delete static_cast<Versions*>(versions); }
+
+  std::vector<std::pair<c10::VariableVersion, int64_t>> outputs_;  // counters that go on
+  std::vector<int64_t> weights_;
+};
+
+/// The output of the forward: W · c / σ.
+Tensor normalized_again(const Tensor& weight, const Tensor& output, const Tensor& sigma,
+                        const Targets& targets, size_t layer) {
+  const at::AutoGradMode no_graph(false);
+  const Tensor divisor =
+      at::where(left_alone(sigma, targets, layer), 1, sigma / targets.scales[layer]);
+  return (weight.to(sigma.scalar_type()) / divisor).to(output.scalar_type());
 }
 
 /// The results of a forward. A struct, since autograd takes a list of tensors for more inputs.
@@ -103,10 +186,11 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     c10::List<bool> needed;
     needed.reserve(computation.needed.size());
     for (size_t i = 0; i < computation.outputs.size(); ++i) {
-      saved.push_back(computation.outputs[i].detach());
-      if (computation.needed[i]) results.push_back(saved.back());
+      saved.push_back(computation.outputs[i].variable_data());
+      if (computation.needed[i]) results.push_back(computation.outputs[i].detach());
       needed.push_back(computation.needed[i]);
     }
+    Versions::save(ctx, results, weights);
     results.push_back(computation.sigmas.detach());
     saved.push_back(results.back());
     saved.push_back(computation.saved);
@@ -122,7 +206,11 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     return results;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    variable_list grads = given;
+    for (Tensor& grad : grads) {  // nn.Embedding(sparse=True) gives sparse gradients
+      if (grad.defined() && grad.layout() != at::kStrided) grad = grad.to_dense();
+    }
     variable_list outputs = ctx->get_saved_variables();
     const Tensor saved = std::move(outputs.back());
     outputs.pop_back();
@@ -134,6 +222,7 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
         ctx->saved_data["widen"].toBoolList()};
     const c10::List<bool> needed = ctx->saved_data["needed"].toBoolList();
 
+    const Versions& versions = Versions::of(ctx);
     const Tensor& grad_sigmas = grads.back();
     bool as_operations = at::GradMode::is_enabled() || is_batched(grad_sigmas);
     Gradients grad_outputs;
@@ -141,8 +230,8 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
     grad_outputs.reserve(outputs.size());
     mask.reserve(outputs.size());
     size_t next = 0;
-    for (const bool is_needed : needed) {
-      if (!is_needed) {
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (!needed[i]) {
         grad_outputs.push_back(std::nullopt);
         mask.push_back(false);
         continue;
@@ -151,6 +240,10 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
       as_operations = as_operations || is_batched(grad);
       grad_outputs.push_back(grad.defined() ? std::make_optional(grad) : std::nullopt);
       mask.push_back(ctx->needs_input_grad(next) && (grad.defined() || grad_sigmas.defined()));
+      if (mask[i] && versions.is_output_changed(next)) {
+        outputs[i] = normalized_again(versions.weight(next, i), outputs[i],
+                                      sigmas.select(0, static_cast<int64_t>(i)), targets, i);
+      }
       ++next;
     }
     const variable_list found =
@@ -175,6 +268,7 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
                                   const Tensor& saved, const Tensor& sigmas, const Targets& targets,
                                   const c10::List<bool>& needed, const c10::List<bool>& mask) {
     variable_list found;
+    const auto node = torch::autograd::get_current_node();
     c10::SymInt begin = 0;
     size_t next = 0;
     for (size_t i = 0; i < outputs.size(); ++i) {
@@ -183,9 +277,13 @@ struct SpectralNormalize : torch::autograd::Function<SpectralNormalize> {
       if (mask[i]) {
         const Tensor& grad_sigmas = grads.back();
         const auto place = static_cast<int64_t>(i);
+        // As a function of the weight, which this node computes.
+        const Tensor output =
+            node ? torch::autograd::make_variable(outputs[i], {node, static_cast<uint32_t>(next)})
+                 : outputs[i];
         found.push_back(differentiable_backward(
-            grads[next], grad_sigmas.defined() ? grad_sigmas.select(0, place) : Tensor(),
-            outputs[i], sigmas.select(0, place), saved.narrow_symint(0, begin, rows),
+            grads[next], grad_sigmas.defined() ? grad_sigmas.select(0, place) : Tensor(), output,
+            sigmas.select(0, place), saved.narrow_symint(0, begin, rows),
             saved.narrow_symint(0, begin + rows, columns), targets, i));
       }
       next += needed[i];

@@ -101,6 +101,13 @@ inline bool is_left_alone(double sigma, double scale, bool soft) {
   return soft ? sigma <= scale : sigma == 0;
 }
 
+/// An entry, before the division by the norm, of the unit vector that u and v restart from:
+/// reference.py. With `alternating` those of even index have the other sign.
+inline double start_entry(int64_t i, bool alternating) {
+  const double x = 1 + static_cast<double>(40503 * i % 65536) / 65536;
+  return alternating && i % 2 == 0 ? -x : x;
+}
+
 /// By how much the square of ‖u‖·‖v‖ may be off 1 from rounding alone; vectors that are off by more
 /// are averages of unit vectors, and divided by their norms in evaluation.
 inline double slack_of_vectors(DType dtype, bool wide_vectors) {

@@ -122,9 +122,14 @@ std::vector<Shape> to_shapes(const std::vector<ShapeTuple>& shapes) {
     throw std::invalid_argument("a launch has between 1 and " + std::to_string(cuda::kMaxLayers) +
                                 " layers, got " + std::to_string(shapes.size()));
   }
+  constexpr int64_t kMaxElements = int64_t{1} << 36;  // of a tensor that a device has room for
   std::vector<Shape> result;
   for (const auto& [outer, rows, inner] : shapes) {
     if (outer < 1 || rows < 1 || inner < 1) throw std::invalid_argument("sizes must be at least 1");
+    if (outer > kMaxElements / rows || inner > kMaxElements / (outer * rows)) {
+      throw std::invalid_argument("a layer has at most " + std::to_string(kMaxElements) +
+                                  " elements");
+    }
     result.push_back({outer, rows, inner, {}});
   }
   return result;
@@ -133,6 +138,10 @@ std::vector<Shape> to_shapes(const std::vector<ShapeTuple>& shapes) {
 py::dict plan_forward(const std::vector<ShapeTuple>& shapes, const std::string& dtype, bool v_first,
                       int n_power_iterations, bool update, int tickets, int64_t max_columns) {
   const std::vector<Shape> described = to_shapes(shapes);
+  if (n_power_iterations > 1000) {  // what is described here is a list that a person reads
+    throw std::invalid_argument("n_power_iterations is " + std::to_string(n_power_iterations) +
+                                ", expected at most 1000");
+  }
   std::vector<Layer> layers;
   for (const Shape& shape : described) {
     Layer& layer = layers.emplace_back();

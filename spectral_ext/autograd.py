@@ -9,6 +9,11 @@ which every transform sees through: ``vmap`` makes one call of the layers of all
 A node saves its outputs ``Y`` and σ and the vectors ``u``, ``v`` of its forward; never the weights. An
 optimizer step between two backwards of one graph therefore breaks nothing. σ is an output of the node
 and not a constant, because a backward written in terms of a constant σ has a wrong second derivative.
+
+An output may be changed in place after the forward, as ``nn.Embedding(max_norm=…)`` does, and a mask on
+``layer.weight``. So the node saves aliases of its outputs that have version counters of their own, and
+reads the counters of the outputs itself. The backward computes an output that was changed again, from the
+weight, which the graph holds anyway; it raises if the weight was changed as well.
 """
 
 from dataclasses import dataclass
@@ -22,6 +27,7 @@ from . import reference as formulas
 from .backends import Backend, reference
 from .layout import matrix_shape, split_saved, without_autocast
 from .settings import Settings
+from .versions import Versions, with_graph_of
 
 __all__ = ["Computation", "attach", "compute", "compute_transformed", "is_transformed"]
 
@@ -80,44 +86,70 @@ def compute(
 
 
 class _SpectralNormalize(torch.autograd.Function):
-    """``weights -> (outputs…, sigmas)``, whose values are those of a computation made before."""
+    """``weights -> (outputs…, kept…, sigmas)``, whose values are those of a computation made before.
+
+    ``kept`` are the outputs again, for the backward: they do not share the version counters of the
+    outputs.
+    """
 
     @staticmethod
     def forward(computation: Computation, *weights: Tensor) -> tuple[Tensor, ...]:
-        return (*[y.detach() for y in computation.outputs], computation.sigmas.detach())
+        outputs = [y.detach() for y in computation.outputs]
+        # A compiled graph follows memory and not versions, so it needs a copy, which the compiler
+        # removes where nothing is changed in place.
+        kept = [y.clone() if torch.compiler.is_compiling() else y.data for y in outputs]
+        return (*outputs, *kept, computation.sigmas.detach())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        computation = inputs[0]
+        computation, *weights = inputs
+        outputs, kept = output[: len(weights)], output[len(weights) : -1]
         ctx.set_materialize_grads(False)
         # A frozen weight stays out of the graph, and what uses it computes no gradient for it.
         needed = ctx.needs_input_grad[1:]
         ctx.mark_non_differentiable(
-            *(y for y, wanted in zip(output, needed, strict=False) if not wanted)
+            *(y for y, wanted in zip(output, needed * 2, strict=False) if not wanted)
         )
         ctx.backend = computation.backend
         ctx.settings = computation.settings
+        ctx.versions = None if torch.compiler.is_compiling() else Versions(outputs, weights)
         ctx.widen = [
-            weight.dtype != y.dtype
-            for weight, y in zip(inputs[1:], computation.outputs, strict=True)
+            weight.dtype != y.dtype for weight, y in zip(weights, computation.outputs, strict=True)
         ]
-        ctx.save_for_backward(*output, computation.saved)
+        ctx.save_for_backward(*kept, output[-1], computation.saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *_grad_weights(ctx, ctx.needs_input_grad[1:], grads))
+        needed = ctx.needs_input_grad[1:]
+        *of_outputs, of_sigmas = grads
+        pairs = zip(of_outputs[: len(needed)], of_outputs[len(needed) :], strict=True)
+        merged = [b if a is None else a if b is None else a + b for a, b in pairs]
+        return (None, *_grad_weights(ctx, needed, (*merged, of_sigmas)))
+
+
+def _normalized_again(ctx: Any, output: Tensor, sigma: Tensor, layer: int) -> Tensor:
+    """Return an output that was changed in place as the forward computed it."""
+    scale, soft = ctx.settings.scales[layer], ctx.settings.soft[layer]
+    with torch.no_grad():
+        weight = ctx.versions.weight(ctx, layer).to(sigma.dtype)
+        value = (weight / formulas.divisor(sigma, scale, soft)).to(output.dtype)
+    return with_graph_of(output, value)
 
 
 def _grad_weights(
     ctx: Any, needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """Return the gradients of the weights, of those of the outputs and of the sigmas."""
-    *grad_outputs, grad_sigmas = grads
+    *grad_outputs, grad_sigmas = map(_dense, grads)
     *outputs, sigmas, saved = ctx.saved_tensors
     mask = [
         wanted and not (grad is None and grad_sigmas is None)
         for wanted, grad in zip(needed, grad_outputs, strict=True)
     ]
+    if ctx.versions is not None:
+        for i, wanted in enumerate(mask):
+            if wanted and ctx.versions.is_output_changed(i):
+                outputs[i] = _normalized_again(ctx, outputs[i], sigmas[i], i)
     # A gradient that is itself differentiated, or one of a batch, is made of torch operations.
     backend = reference if torch.is_grad_enabled() or _batched(grads) else ctx.backend
     found = iter(
@@ -133,6 +165,13 @@ def _grad_weights(
         )
     )
     return [next(found) if wanted else None for wanted in mask]
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    """Return a gradient without the layout that ``nn.Embedding(sparse=True)`` gives it."""
+    if grad is None or torch.compiler.is_compiling() or grad.layout == torch.strided:
+        return grad
+    return grad.to_dense()
 
 
 def _batched(grads: tuple[Tensor | None, ...]) -> bool:
@@ -159,7 +198,7 @@ def attach(weights: list[Tensor], computation: Computation) -> tuple[list[Tensor
             *computation.settings.of_node,
         )
     *outputs, sigmas = _SpectralNormalize.apply(computation, *weights)
-    return outputs, sigmas
+    return outputs[: len(weights)], sigmas
 
 
 def is_transformed() -> bool:
@@ -218,7 +257,7 @@ class _Transformed(torch.autograd.Function):
         call = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[-2:])
-        ctx.backend, ctx.settings = call.backend, call.settings
+        ctx.backend, ctx.settings, ctx.versions = call.backend, call.settings, None
         pairs = zip(inputs[1:], output[:-3], strict=False)  # the weights come first
         ctx.widen = [weight.dtype != y.dtype for weight, y in pairs]
         ctx.save_for_backward(*output[:-1])

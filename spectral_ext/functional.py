@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .backends import select
 from .layout import allocate_vectors
@@ -13,12 +14,14 @@ from .normalization import Results, join, kind_of, normalize_layers, with_gain
 from .reference import Order
 from .settings import LayerSettings, Settings
 from .validation import (
+    check_bool,
     check_convergence,
     check_gain,
     check_layer,
     check_lists,
     check_overlap,
     check_weight,
+    refuse_sharded,
 )
 
 __all__ = ["project_", "spectral_normalize"]
@@ -56,7 +59,8 @@ def spectral_normalize(
             ``update``.
         vs: for each weight its right singular vector, of shape ``(weight.numel() // len(u),)``.
         n_power_iterations: steps of the power method, at least 1. With ``tol`` at most so many.
-        eps: smallest divisor of a vector, positive.
+        eps: smallest divisor of a vector, not negative. A value below 2⁻¹²⁶, the smallest normal number
+            of float32, acts as 2⁻¹²⁶: a zero weight stays finite with ``eps=0``, too.
         dims: the dimension that gives a weight's rows: default 0 (1 for ``ConvTranspose`` weights).
         order: ``"u_first"`` gives the numbers of ``torch.nn.utils.parametrizations.spectral_norm``,
             ``"v_first"`` those of ``torch.nn.utils.spectral_norm``.
@@ -115,6 +119,7 @@ def spectral_normalize(
             check_gain(f"weights[{i}]", factor, weight, settings.dims[i])
             if factor is not None and (settings.scales[i] != 1 or settings.soft[i]):
                 raise ValueError(f"weights[{i}]: gain and scale or bound exclude each other")
+    check_bool("spectral_normalize", "update", update)
     if convergence is not None:
         check_convergence(convergence, len(weights))
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -157,6 +162,8 @@ def project_(
 ) -> Tensor:
     """Normalize weights in place: ``W ← c·W/σ``, or ``W ← W / max(1, σ/c)``, all in one native call.
 
+    A weight on a CPU that keeps its bits keeps its version (``Tensor._version``), too.
+
     Not differentiable; weights that require a gradient are written as an optimizer writes them.
 
     Args:
@@ -192,18 +199,34 @@ def project_(
         if kind is None:
             results = normalize_layers(part, *vectors, columns, True, backend)
             found = results.sigmas
-            for weight, normalized in zip(part, results.normalized, strict=True):
-                weight.copy_(normalized)
+            is_changed = _changed(found, columns)
+            for weight, normalized, changed in zip(
+                part, results.normalized, is_changed, strict=True
+            ):
+                if changed:
+                    weight.copy_(normalized)
         else:
             saved, found = allocate_vectors(part, columns.dims)
             unwanted = saved.new_empty(0)
+            outputs = [w.data for w in part]  # their versions are not those of the weights
             chosen[kind].forward_(
-                part, *vectors, part, saved, found, unwanted, *columns.of_forward(True)
+                part, *vectors, outputs, saved, found, unwanted, *columns.of_forward(True)
             )
-            torch.autograd.graph.increment_version([w for w in part if not w.is_inference()])
+            written = [
+                w for w, changed in zip(part, _changed(found, columns), strict=True) if changed
+            ]
+            torch.autograd.graph.increment_version([w for w in written if not w.is_inference()])
         for place, i in enumerate(members):
             sigmas[i] = found[place]
     return join(sigmas)
+
+
+def _changed(sigmas: Tensor, settings: Settings) -> list[bool]:
+    """Return which weights a projection has changed; all of them where reading σ would wait."""
+    if sigmas.device.type != "cpu" or type(sigmas) is not Tensor or is_compiling():
+        return [True] * len(settings.soft)
+    rows = zip(sigmas.tolist(), settings.soft, settings.scales, strict=True)
+    return [not (soft and sigma <= bound) for sigma, soft, bound in rows]
 
 
 def _checked(
@@ -245,6 +268,7 @@ def _checked(
         name = f"weights[{i}]"
         layer = LayerSettings(*values)
         layer.check(name)
+        refuse_sharded(name, weight)
         layer = layer._replace(dim=check_weight(name, weight, layer.dim))
         rows.append(layer)
         if weight.ndim == 1 and layer.order == "u_first" and layer.blocks == 1:

@@ -46,7 +46,7 @@ class Results:
     computations: list[tuple[Computation, Sequence[int]]]
     convergence: Tensor
     saved: list[tuple[Tensor, Sequence[int]]] = field(default_factory=list)
-    """The saved ``u`` and ``v`` of native calls, each with the layers that it has."""
+    """The ``u`` and ``v`` that were used, in flat tensors, each with the layers that it has."""
 
     def attach(self, weights: list[Tensor], bucket_bytes: int | None) -> dict[int, Tensor]:
         """Return normalized weights with nodes of their own, of the layers that can be attached."""
@@ -335,6 +335,7 @@ def _normalize_mixed(
     residuals: list[Any] = [None] * count
     iterations: list[Any] = [None] * count
     computations: list[tuple[Computation, Sequence[int]]] = []
+    saved: list[tuple[Tensor, Sequence[int]]] = []
     # Choose every backend before the first call, so that an error leaves all layers as they were.
     backends = {kind: select(backend, kind[0]) for kind in dict.fromkeys(kinds) if kind is not None}
     for kind, chosen in backends.items():
@@ -362,13 +363,15 @@ def _normalize_mixed(
         normalized[i] = result.weight.to(output_dtype(weights[i], dtype))
         sigma[i] = result.sigma
         residuals[i], iterations[i] = result.residual, result.iterations
+        if us[i] is not None and not by_reference:
+            saved.append((torch.cat([result.u, result.v]).detach(), [i]))
     if not count:
         return Results([], torch.empty(0), [], torch.empty(0))
     sigmas = join(sigma)
     convergence = sigmas.new_empty(0)
     if any(settings.tols):
         convergence = join(residuals + iterations).to(sigmas)
-    saved = [(computation.saved, members) for computation, members in computations]
+    saved += [(computation.saved, members) for computation, members in computations]
     return Results(normalized, sigmas, computations, convergence, saved)
 
 

@@ -9,11 +9,20 @@ Sources: Miyato et al., "Spectral Normalization for Generative Adversarial Netwo
 algorithm 1; the two orders are those of ``torch.nn.utils.parametrizations.spectral_norm``
 (``u_first``) and of the older hook ``torch.nn.utils.spectral_norm`` (``v_first``).
 
-Two rules are ours. Where σ is exactly zero, stock divides by it and the layer is NaN for good. Here
-``u`` and ``v`` stay as they were and the weight is passed through as it is, with the gradient of the
-identity: a zero weight gives zeros, and the layer is normalized as soon as it has left zero. And
-without an update ``u`` and ``v`` whose norms are off, as those of an averaged model are, count as if
-they were divided by them.
+``u`` and ``v`` are never zero and never NaN or infinite, and they are unit vectors whenever the norms of an
+iteration exceed ``eps``. PyTorch has no such rule: there one zero or NaN weight makes the layer NaN
+for good. Four rules keep it so:
+
+- **The weight is zero**: σ is 0, the output is the weight, with the gradient of the identity, and ``u``
+  and ``v`` keep their values. The layer is normalized as soon as the weight is not zero.
+- **σ is 0 and the weight is not**, because ``v`` (``v_first``: ``u``) is zero, is orthogonal to all rows
+  (columns), or became too small below ``eps``: this forward returns the weight, and ``u`` and ``v`` restart
+  from :func:`start_vector`.
+- **σ is NaN or infinite**: so is the output of this forward, which makes the fault visible. ``u`` and ``v``
+  keep their values; where these were bad themselves they restart.
+- **Without an update** ``u`` and ``v`` are not written. If their norms are off by more than rounding, as in
+  an averaged model, they are divided by their norms. If one is zero or not finite, σ and the output are
+  NaN: any number would be the weight of a layer that looks normalized and is not.
 
 A layer may have another target than σ = 1: ``scale`` makes it ``c``, a soft ``bound`` leaves a weight
 alone whose σ is at most ``c``. With ``tol`` an iteration stops once ``u`` and ``v`` have settled.
@@ -29,9 +38,16 @@ __all__ = [
     "Order",
     "backward",
     "divisor",
+    "is_usable",
     "jvp",
+    "missed_by",
+    "norm_of",
     "power_iteration",
+    "restarted",
+    "settled",
     "spectral_normalize",
+    "start_vector",
+    "unit_vector",
     "unit_vectors",
     "weight_matrix",
 ]
@@ -64,9 +80,49 @@ def weight_matrix(weight: Tensor, dim: int) -> Tensor:
     return weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
+def norm_of(x: Tensor) -> Tensor:
+    """Return ``‖x‖``; correct too where the squares leave the range of the dtype.
+
+    float64 is not used here: some devices do not have it.
+    """
+    norm = torch.linalg.vector_norm(x)
+    largest = x.abs().amax(dim=0)
+    by = torch.where(largest > 0, largest, 1)
+    is_exact = norm.isfinite() & (norm > torch.finfo(norm.dtype).eps ** 2)
+    return torch.where(is_exact, norm, torch.linalg.vector_norm(x / by) * by)
+
+
+def _unit(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """Return ``x / max(‖x‖, eps)``, which is ``torch.nn.functional.normalize``."""
-    return x / torch.linalg.vector_norm(x).clamp_min(eps)
+    return x / norm.clamp_min(eps)
+
+
+def start_vector(like: Tensor, alternating: Tensor | bool = False) -> Tensor:
+    """Return the unit vector that ``u`` and ``v`` restart from, of the size of ``like``, 1-D.
+
+    Its entries are ``1 + ((40503·i) mod 2¹⁶) / 2¹⁶`` over their norm: positive, so that rows of one sign
+    are not orthogonal to it, and different, so that rows whose sum is zero are not either. It depends
+    on the size alone, and is the same in every backend.
+
+    Args:
+        like: gives size, dtype and device.
+        alternating: give the entries of even index the other sign. Where the rows are orthogonal to
+            one of the two vectors after all, the next restart takes the other one.
+    """
+    i = torch.arange(len(like), device=like.device)
+    x = 1 + (40503 * i % 65536).to(like.real.dtype) / 65536
+    x = torch.where((i % 2 == 0) & torch.as_tensor(alternating, device=x.device), -x, x)
+    return (x / torch.linalg.vector_norm(x)).to(like.dtype)
+
+
+def is_usable(x: Tensor) -> Tensor:
+    """Return whether a vector is finite and not zero, 0-D."""
+    return x.isfinite().all() & (x != 0).any()
+
+
+def restarted(x: Tensor) -> Tensor:
+    """Return the vector that takes the place of one that is of no use: not the one that it is."""
+    return start_vector(x, alternating=x[0].real > 0 if x.is_complex() else x[0] > 0)
 
 
 def power_iteration(
@@ -90,49 +146,82 @@ def power_iteration(
     vector to begin with: half precision vectors, whose norms are off by up to 0.4 %, resolve 0.1 in their
     first step.
     """
-    dtype = torch.float64 if not matrix.is_complex() else torch.complex128
     residual = matrix.real.new_full((), torch.nan)
     iterations = torch.zeros_like(residual)
     done = torch.zeros_like(residual, dtype=torch.bool)
     for _ in range(n_power_iterations):
         if order == "u_first":
             first = matrix @ v
-            new_u = _unit(first, eps)
+            before = norm_of(first)
+            new_u = _unit(first, before, eps)
             second = matrix.mH @ new_u
-            new_v = _unit(second, eps)
+            after = norm_of(second)
+            new_v = _unit(second, after, eps)
         else:
             first = matrix.mH @ u
-            new_v = _unit(first, eps)
+            before = norm_of(first)
+            new_v = _unit(first, before, eps)
             second = matrix @ new_v
-            new_u = _unit(second, eps)
+            after = norm_of(second)
+            new_u = _unit(second, after, eps)
         u, v = torch.where(done, u, new_u), torch.where(done, v, new_v)
         iterations = iterations + ~done
         if tol > 0:
-            before, after = (
-                torch.linalg.vector_norm(x.to(dtype)).square() for x in (first, second)
-            )
-            gap = (after - before).clamp_min(0)
-            missed = torch.where(gap == 0, 0, gap / after).sqrt().to(residual.dtype)
+            missed = missed_by(before, after)
             residual = torch.where(done, residual, missed)
-            done = done | (gap <= tol * tol * after)
+            done = done | (missed <= tol)
     return u, v, residual, iterations
+
+
+def missed_by(before: Tensor, after: Tensor) -> Tensor:
+    """Return ``√(after² − before²) / after``, the residual of a step with these two norms."""
+    gap = ((after - before).clamp_min(0) / after) * (1 + before / after)
+    return torch.where(after <= before, 0, gap.sqrt())
+
+
+def unit_vector(x: Tensor) -> Tensor:
+    """Return ``x / ‖x‖``, ``x`` itself if that is 1 but for rounding, or the vector to restart from."""
+    norm = norm_of(x)
+    x = torch.where((norm - 1).abs() > _slack(x.dtype) / 2, x / norm, x)
+    return torch.where(is_usable(x), x, start_vector(x))
+
+
+def _slack(dtype: torch.dtype) -> float:
+    """Return how far the square of a norm may be off 1 from rounding alone."""
+    return 2**-5 if dtype in (torch.float16, torch.bfloat16) else 1e-4
 
 
 def unit_vectors(u: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``u`` and ``v`` in ``dtype``, divided by their norms if these are off by more than rounding.
 
-    What averages have done to them is undone; unit vectors keep their bits.
+    What averages have done to them is undone; unit vectors keep their bits. If one of them is zero or
+    not finite, ``v`` is NaN, and σ with it.
     """
-    slack = 2**-5 if u.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    slack = _slack(u.dtype)
     u, v = u.to(dtype), v.to(dtype)
-    norms = [
-        torch.linalg.vector_norm(x.to(torch.promote_types(dtype, torch.float64))) for x in (u, v)
-    ]
-    square = (norms[0] * norms[1]).square()
-    off = ((square - 1).abs() > slack) & (square > 0) & square.isfinite()
+    norms = norm_of(u), norm_of(v)
+    off = ((norms[0] * norms[1]).square() - 1).abs() > slack
+    usable = is_usable(u) & is_usable(v)
+    u, v = (torch.where(off & usable, x / norm, x) for x, norm in zip((u, v), norms, strict=True))
+    return u, torch.where(usable, v, torch.nan)
+
+
+def settled(
+    sigma: Tensor, is_zero: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the ``u`` and ``v`` that a forward leaves.
+
+    Args:
+        sigma: what it found, 0-D.
+        is_zero: whether the weight is zero, 0-D.
+        old: ``u`` and ``v`` before it.
+        new: those that its iterations ended with.
+    """
+    found = (sigma != 0) & sigma.isfinite()
+    lost = ~(is_usable(old[0]) & is_usable(old[1])) | ((sigma == 0) & ~is_zero)
     u, v = (
-        torch.where(off, (x / norm.to(x.real.dtype)), x)
-        for x, norm in zip((u, v), norms, strict=True)
+        torch.where(found, after, torch.where(lost, restarted(before), before))
+        for before, after in zip(old, new, strict=True)
     )
     return u, v
 
@@ -203,13 +292,17 @@ def spectral_normalize(
             new_u, new_v, residual, iterations = power_iteration(
                 matrix, u, v, n_power_iterations=n_power_iterations, eps=eps, order=order, tol=tol
             )
-            found = torch.vdot(new_u, matrix @ new_v) != 0
-            u, v = torch.where(found, new_u, u), torch.where(found, new_v, v)
+            found = torch.vdot(new_u, matrix @ new_v)
+            u, v = settled(found, ~(matrix != 0).any(), (u, v), (new_u, new_v))
+            # σ of what the iterations found; if that is 0, it is 0 exactly.
+            used_u, used_v = torch.where(found == 0, u, new_u), torch.where(found == 0, v, new_v)
         else:
-            u, v = unit_vectors(u, v, compute_dtype)
+            used_u, used_v = u, v = unit_vectors(u, v, compute_dtype)
+            found = torch.ones_like(u[0])
             residual = matrix.real.new_full((), torch.nan)
             iterations = torch.zeros_like(residual)
-    sigma = torch.vdot(u, matrix @ v)
+    sigma = torch.vdot(used_u, matrix @ used_v)
+    sigma = torch.where(found == 0, sigma - sigma.detach(), sigma)
     by = divisor(sigma.detach() if detach_sigma else sigma, scale, soft)
     normalized = (weight.to(compute_dtype) / by).to(weight.dtype)
     return Normalized(normalized, sigma, u, v, residual, iterations)

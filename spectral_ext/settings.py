@@ -6,11 +6,18 @@ from typing import Any, NamedTuple
 from .reference import Order
 from .validation import check_blocks, check_settings, check_target
 
-__all__ = ["LayerSettings", "Settings"]
+__all__ = ["LEAST_EPS", "LayerSettings", "Settings"]
+
+
+# The smallest eps of the kernels: a smaller one is zero in float32, and a zero vector over it NaN.
+LEAST_EPS = 2.0**-126
 
 
 class LayerSettings(NamedTuple):
-    """The settings of one layer, as its user gives them; see ``functional.spectral_normalize``."""
+    """The settings of one layer, as its user gives them; see ``functional.spectral_normalize``.
+
+    Numbers may be those of NumPy, also where a user assigns one to a layer later.
+    """
 
     dim: int = 0
     n_power_iterations: int = 1
@@ -44,17 +51,18 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, layers: Sequence[LayerSettings]) -> "Settings":
-        """Return the settings of several layers as lists."""
+        """Return the settings of several layers as lists of Python numbers, which operators require."""
+        targets = [layer.scale if layer.bound is None else layer.bound for layer in layers]
         return cls(
-            [layer.dim for layer in layers],
-            [layer.n_power_iterations for layer in layers],
-            [layer.eps for layer in layers],
+            [int(layer.dim) for layer in layers],
+            [int(layer.n_power_iterations) for layer in layers],
+            [max(float(layer.eps), LEAST_EPS) for layer in layers],
             [layer.order == "v_first" for layer in layers],
-            [layer.tol for layer in layers],
-            [layer.scale if layer.bound is None else layer.bound for layer in layers],
+            [float(layer.tol) for layer in layers],
+            [float(target) for target in targets],
             [layer.bound is not None for layer in layers],
             [layer.detach_sigma for layer in layers],
-            [layer.blocks for layer in layers],
+            [int(layer.blocks) for layer in layers],
         )
 
     def select(self, indices: Sequence[int]) -> "Settings":

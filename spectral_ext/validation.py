@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,14 +14,18 @@ from .layout import compute_dtype, matrix_shape
 __all__ = [
     "DimensionError",
     "check_blocks",
+    "check_bool",
     "check_convergence",
     "check_gain",
+    "check_integer",
     "check_layer",
     "check_lists",
+    "check_number",
     "check_overlap",
     "check_settings",
     "check_target",
     "check_weight",
+    "refuse_sharded",
 ]
 
 
@@ -28,12 +33,27 @@ class DimensionError(IndexError, ValueError):
     """``dim`` is out of range. An IndexError as in stock, and a ValueError as for other bad values."""
 
 
+def check_integer(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless ``argument`` of layer ``name`` is an integer of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+
+
+def check_number(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless ``argument`` of layer ``name`` is a real number of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
+
+
+def check_bool(name: str, argument: str, value: object) -> None:
+    """Raise TypeError unless ``argument`` of layer ``name`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
+
+
 def check_settings(name: str, n_power_iterations: int, eps: float, order: str) -> None:
     """Raise unless the settings of layer ``name`` make sense."""
-    if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
-        raise TypeError(
-            f"{name}: n_power_iterations must be an int, got {type(n_power_iterations).__name__}"
-        )
+    check_integer(name, "n_power_iterations", n_power_iterations)
     if n_power_iterations < 1:
         # The first words are stock's, for those who match on them.
         raise ValueError(
@@ -42,10 +62,9 @@ def check_settings(name: str, n_power_iterations: int, eps: float, order: str) -
         )
     if n_power_iterations > 2**31 - 1:
         raise ValueError(f"{name}: n_power_iterations={n_power_iterations} is too large")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{name}: eps must be a float, got {type(eps).__name__}")
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"{name}: eps must be positive and finite, got eps={eps}")
+    check_number(name, "eps", eps)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"{name}: eps must be finite and not negative, got eps={eps}")
     if order not in ("u_first", "v_first"):
         raise ValueError(f"{name}: order must be 'u_first' or 'v_first', got order={order!r}")
 
@@ -58,18 +77,15 @@ def check_target(
     tol: float,
 ) -> None:
     """Raise unless it makes sense what layer ``name`` is normalized to, and how precisely."""
-    for argument, value in (("scale", scale), ("bound", bound), ("tol", tol)):
-        if value is None and argument == "bound":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
+    given = {"scale": scale, "tol": tol} | ({} if bound is None else {"bound": bound})
+    for argument, value in given.items():
+        check_number(name, argument, value)
         if not math.isfinite(value) or value < 0 or (value == 0 and argument != "tol"):
             kind = "not negative" if argument == "tol" else "positive"
             raise ValueError(
                 f"{name}: {argument} must be {kind} and finite, got {argument}={value}"
             )
-    if not isinstance(detach_sigma, bool):
-        raise TypeError(f"{name}: detach_sigma must be a bool, got {type(detach_sigma).__name__}")
+    check_bool(name, "detach_sigma", detach_sigma)
     if bound is not None and scale != 1:
         raise ValueError(
             f"{name}: scale={scale} and bound={bound} exclude each other; "
@@ -95,9 +111,8 @@ def check_gain(name: str, gain: Tensor | None, weight: Tensor, dim: int) -> None
 
 
 def check_blocks(name: str, blocks: int) -> None:
-    """Raise unless a weight can have so many blocks."""
-    if isinstance(blocks, bool) or not isinstance(blocks, int):
-        raise TypeError(f"{name}: blocks must be an int, got {type(blocks).__name__}")
+    """Raise unless ``blocks`` is a number of blocks."""
+    check_integer(name, "blocks", blocks)
     if blocks < 1:
         raise ValueError(f"{name}: blocks must be at least 1, got blocks={blocks}")
 
@@ -110,12 +125,16 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
         raise ValueError(
             f"{name}: the weight of a lazy module is not initialized yet; run a dummy forward first"
         )
-    if not (weight.is_floating_point() or weight.is_complex()) or weight.element_size() < 2:
+    if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"{name}: the weight must be floating point or complex, got {weight.dtype}")
+    if weight.element_size() < 2:
+        raise TypeError(
+            f"{name}: {weight.dtype} weights are not supported; convert the weight to bfloat16, "
+            "float16 or float32"
+        )
     if weight.layout != torch.strided:
         raise TypeError(f"{name}: the weight must be a dense tensor, got layout {weight.layout}")
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{name}: dim must be an int, got {type(dim).__name__}")
+    check_integer(name, "dim", dim)
     if not -weight.ndim <= dim < weight.ndim:
         raise DimensionError(
             "Dimension out of range (expected to be in range of "
@@ -123,7 +142,16 @@ def check_weight(name: str, weight: Tensor, dim: int) -> int:
         )
     if weight.numel() == 0:
         raise ValueError(f"{name}: the weight has no elements, its shape is {tuple(weight.shape)}")
-    return dim % weight.ndim
+    return int(dim) % weight.ndim
+
+
+def refuse_sharded(name: str, weight: Tensor) -> None:
+    """Raise TypeError if the weight of layer ``name`` is a ``DTensor``, of FSDP2 or tensor parallelism."""
+    if hasattr(weight, "to_local"):
+        raise TypeError(
+            f"{name}: the weight is a DTensor, as FSDP2 and tensor parallelism make it, and its parts "
+            "are on several ranks; put spectral_norm on the layer before fully_shard instead"
+        )
 
 
 def check_layer(
@@ -177,7 +205,8 @@ def check_lists(weights: Sequence[Tensor], **others: Sequence[object]) -> None:
             raise TypeError(f"{name} must be a list or tuple, got {type(values).__name__}")
         if len(values) != len(weights):
             raise ValueError(
-                f"{name} has {len(values)} entries for {len(weights)} weights; they must be as many"
+                f"{name} has {len(values)} entries for {len(weights)} weights; it must have one "
+                "entry per weight"
             )
 
 

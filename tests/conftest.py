@@ -2,6 +2,7 @@
 
 import os
 
+import minutes
 import pytest
 import torch
 import triton_interpreter
@@ -32,9 +33,25 @@ if "triton" in CPU_BACKENDS:
     triton_interpreter.improve()
 
 
+def pytest_report_header() -> str:
+    """Say why a run begins slowly."""
+    return "tests marked `first` take minutes each and start first; the others then pass quickly"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start what takes minutes first: at the end one process would wait for the other."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many minutes each group of tests took, summed over the test processes."""
+    found = [report for reports in terminalreporter.stats.values() for report in reports]
+    seconds = minutes.seconds_by_group(r for r in found if isinstance(r, pytest.TestReport))
+    if sum(seconds.values()) < 60:  # who runs one file reads --durations
+        return
+    terminalreporter.section("minutes by group, summed over the test processes")
+    for line in minutes.table(seconds):
+        terminalreporter.line(line)
 
 
 @pytest.fixture(params=CPU_BACKENDS)

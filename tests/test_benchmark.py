@@ -230,6 +230,19 @@ def test_profile_writes_traces_and_shows_where_a_step_goes(name, file, tmp_path,
     assert "spectral_ext::forward_" not in found["stock"]
 
 
+def test_the_operators_of_spectral_ext_are_shown_however_little_they_take():
+    from spectral_ext.benchmark.profiling import Profile, operations_table
+
+    slow = {f"aten::slow{i}": (30.0 - i, 1.0) for i in range(20)}
+    quick = {"spectral_ext::forward_": (0.2, 2.0), "aten::quick": (0.1, 1.0)}
+    last = {"spectral_ext::backward": (0.001, 1.0)}
+    table = operations_table(Profile({}, slow), Profile({}, slow | quick | last), count=3)
+    stock, *_, fused, milliseconds, calls = (list(column.cells) for column in table.columns)
+    assert stock == ["slow0", "slow1", "slow2", "", ""]
+    assert fused == ["slow0", "slow1", "slow2", "spectral_ext::forward_", "spectral_ext::backward"]
+    assert milliseconds[3:] == ["0.200", "0.001"] and calls[3:] == ["2", "1"]
+
+
 def test_a_backward_belongs_to_the_norms_whose_forward_made_it(file):
     from spectral_ext.benchmark.profiling import profile_step
 

@@ -183,3 +183,20 @@ def test_impossible_launches_are_refused():
         _C.plan_backward([(1, 0, 3)])
     with pytest.raises(ValueError, match="expected float32"):
         _C.plan_forward([(1, 2, 3)], "int8")
+    with pytest.raises(ValueError, match="at most 68719476736 elements"):
+        _C.plan_forward([(2**40, 2**40, 2**40)])
+
+
+@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize("name", ["tickets", "max_columns", "n_power_iterations"])
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1"):
+        _C.plan_forward([(1, 20, 30)], **{name: value})
+    if name == "tickets":
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1"):
+            _C.plan_backward([(1, 20, 30)], tickets=value)
+
+
+def test_description_of_too_many_iterations_is_refused():
+    with pytest.raises(ValueError, match="n_power_iterations is 2147483647, expected at most"):
+        _C.plan_forward([(1, 2, 3)], n_power_iterations=2**31 - 1)

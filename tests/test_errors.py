@@ -85,7 +85,7 @@ LIST_CASES = {
     "n 0": ({"n_power_iterations": [1, 0]}, ValueError, "positive"),
     "n huge": ({"n_power_iterations": 2**40}, ValueError, "too large"),
     "n float": ({"n_power_iterations": 1.0}, TypeError, "n_power_iterations"),
-    "eps 0": ({"eps": 0.0}, ValueError, "eps"),
+    "eps negative": ({"eps": -1e-12}, ValueError, "eps must be finite and not negative"),
     "eps nan": ({"eps": [1e-12, math.nan]}, ValueError, r"weights\[1\]: eps"),
     "eps inf": ({"eps": math.inf}, ValueError, "eps"),
     "eps text": ({"eps": "small"}, TypeError, "eps"),

@@ -6,6 +6,13 @@
 // pass where stock makes three. v_first starts with column sums weighted by u and ends with row
 // dots; its passes between are the same. In evaluation one pass gives σ = Σ u_r t_r.
 //
+// A σ that is zero or not finite is an exception, seen once σ is known: reference.py says what
+// becomes of u and v. One item looks at them and, where σ is zero, at the weight; nothing else
+// does.
+//
+// s is summed over at most kSumRows rows in the compute type before such sums are added up:
+// rounding errors of numbers of one sign grow with the length of a sum.
+//
 // With a tolerance the passes after the one that met it do nothing. An iteration is judged by its
 // two norms, ‖Mv‖ and ‖Mᵀu‖ (reference.py). Their squares lie in two slots, which iterations take
 // in turn: while some items of an iteration write one, all look at the other, and what is skipped
@@ -28,7 +35,7 @@ namespace spectral_ext::cpu {
 namespace {
 
 constexpr int64_t kChunkColumns = 4096;
-constexpr int64_t kMinRows = 32, kMaxRows = 256;
+constexpr int64_t kMinRows = 32, kMaxRows = 256, kSumRows = 64;
 constexpr int64_t kPackBytes = 128 << 10;
 
 struct Pass {
@@ -125,11 +132,12 @@ class Forward {
         streaming_(streaming && !cut.whole),
         work_(layer, cut, workspace),
         v_scratch_(reinterpret_cast<A*>(scratch)),
-        packed_(v_scratch_ + layer.shape.columns()) {}
+        s_scratch_(v_scratch_ + layer.shape.columns()),
+        packed_(s_scratch_ + layer.shape.columns()) {}
 
   /// What a thread needs to run items of a layer, in bytes.
   static int64_t scratch_bytes(const Layer& layer, const Cut& cut) {
-    return layer.shape.columns() * (1 + cut.rows_per_pack) * static_cast<int64_t>(sizeof(A));
+    return layer.shape.columns() * (2 + cut.rows_per_pack) * static_cast<int64_t>(sizeof(A));
   }
 
   void run(const Item& item) {
@@ -164,15 +172,14 @@ class Forward {
     if (s != nullptr) std::memset(s, 0, static_cast<size_t>(columns) * sizeof(A));
 
     A scale = pass.dots ? 0 : 1;
-    const T* weight = static_cast<const T*>(layer_.weight);
-    if (layer_.shape.outer == 1) {
-      scale = kernels_.gram(weight + begin * columns, end - begin, columns, v, work_.t + begin, s,
-                            scale);
-    } else {
-      for (int64_t r = begin; r < end; r += cut_.rows_per_pack) {
-        const int64_t count = std::min(cut_.rows_per_pack, end - r);
-        kernels_.pack(weight, layer_.shape, r, count, packed_);
-        scale = kernels<A>().gram(packed_, count, columns, v, work_.t + r, s, scale);
+    for (int64_t r = begin; r < end; r += kSumRows) {
+      const int64_t stop = std::min(end, r + kSumRows);
+      if (s == nullptr || r == begin) {
+        scale = read_rows(r, stop, v, s, scale);
+      } else {
+        std::memset(s_scratch_, 0, static_cast<size_t>(columns) * sizeof(A));
+        scale = read_rows(r, stop, v, s_scratch_, scale);
+        for (int64_t c = 0; c < columns; ++c) s[c] += s_scratch_[c];
       }
     }
     // A block of zeros takes the largest scale, since the smallest of all blocks is the common one.
@@ -187,6 +194,22 @@ class Forward {
     if (!update_) measure_vectors(block, begin, end);
   }
 
+  /// One pass over rows [begin, end), whose sums are added to s. Returns their scale.
+  A read_rows(int64_t begin, int64_t end, const A* v, A* s, A scale) const {
+    const int64_t columns = layer_.shape.columns();
+    const T* weight = static_cast<const T*>(layer_.weight);
+    if (layer_.shape.outer == 1) {
+      return kernels_.gram(weight + begin * columns, end - begin, columns, v, work_.t + begin, s,
+                           scale);
+    }
+    for (int64_t r = begin; r < end; r += cut_.rows_per_pack) {
+      const int64_t count = std::min(cut_.rows_per_pack, end - r);
+      kernels_.pack(weight, layer_.shape, r, count, packed_);
+      scale = kernels<A>().gram(packed_, count, columns, v, work_.t + r, s, scale);
+    }
+    return scale;
+  }
+
   /// Σu² of a block of rows, and Σv².
   void measure_vectors(int64_t block, int64_t begin, int64_t end) {
     blocks(1)[block] = square_of(layer_.u, layer_.u_stride, begin, end);
@@ -198,7 +221,8 @@ class Forward {
   double square_of(const void* vector, int64_t stride, int64_t begin, int64_t end) const {
     if (std::is_same_v<T, A> && stride == 1) {
       const T* x = static_cast<const T*>(vector) + begin;
-      return kernels_.dot(x, x, end - begin);
+      const double square = kernels_.dot(x, x, end - begin);
+      if (square > 1e-20 && square < 1e20) return square;  // else squares may have left the range
     }
     double total = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -234,13 +258,14 @@ class Forward {
       write_vectors(rounded);
       if (layer_.residual != nullptr) write_convergence();
     }
+    const double by = is_left_alone(rounded, layer_.scale, layer_.soft) ? 1 : sigma / layer_.scale;
+    // Not even written: the item of a zero σ reads the weight meanwhile.
+    if (by == 1 && layer_.output == layer_.weight) return;
     const int64_t begin = slice * cut_.slice;
     const int64_t count = std::min(cut_.slice, layer_.shape.numel() - begin);
     kernels_.divide(static_cast<const T*>(layer_.weight) + begin,
                     static_cast<char*>(layer_.output) + begin * element_size(layer_.output_dtype),
-                    layer_.output_dtype, count,
-                    is_left_alone(rounded, layer_.scale, layer_.soft) ? 1 : sigma / layer_.scale,
-                    streaming_);
+                    layer_.output_dtype, count, by, streaming_);
     if (streaming_) kernels_.fence();
   }
 
@@ -283,13 +308,16 @@ class Forward {
     return n * (n / std::max(n, layer_.eps));
   }
 
-  /// ‖u‖·‖v‖ in evaluation; 1 if only rounding keeps it from that.
+  /// ‖u‖·‖v‖ in evaluation; 1 if only rounding keeps it from that, NaN if one is of no use.
   double norm_of_vectors() const {
     const double square = square_of_t(1) * square_of_y(1);
+    if (!is_usable(square)) return std::numeric_limits<double>::quiet_NaN();
     const double slack = slack_of_vectors(layer_.dtype, layer_.wide_vectors);
-    const bool off = std::fabs(square - 1) > slack && square > 0 && std::isfinite(square);
-    return off ? std::sqrt(square) : 1;
+    return std::fabs(square - 1) > slack ? std::sqrt(square) : 1;
   }
+
+  /// Whether a vector whose square this is, is neither zero nor has it NaN or infinity.
+  static bool is_usable(double square) { return square > 0 && std::isfinite(square); }
 
   void write_convergence() {
     double residual = std::numeric_limits<double>::quiet_NaN();
@@ -324,10 +352,11 @@ class Forward {
     const Shape& shape = layer_.shape;
     A *u_saved = static_cast<A*>(layer_.u_saved), *v_saved = static_cast<A*>(layer_.v_saved);
     *static_cast<A*>(layer_.sigma) = sigma;
-    if (!update_ || sigma == 0) {  // the vectors stay; a σ of zero has none
+    if (update_ && (sigma == 0 || !std::isfinite(sigma))) return keep_or_restart(sigma);
+    if (!update_) {
       for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] = u_at(r);
       for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] = v_at(c);
-      if (update_ || norm_of_vectors() == 1) return;
+      if (norm_of_vectors() == 1) return;
       const A u_norm = static_cast<A>(norm_of_t(1)), v_norm = static_cast<A>(norm_of_y(1));
       for (int64_t r = 0; r < shape.rows; ++r) u_saved[r] /= u_norm;
       for (int64_t c = 0; c < shape.columns(); ++c) v_saved[c] /= v_norm;
@@ -344,6 +373,39 @@ class Forward {
       v_saved[place] = work_.y[c] / v_divisor;
       write_vector(layer_.v, place * layer_.v_stride, v_saved[place]);
     });
+  }
+
+  /// The vectors after a forward that found no σ: they stay where they are of use and the weight
+  /// has none, else they restart.
+  void keep_or_restart(A sigma) {
+    const int64_t rows = layer_.shape.rows, columns = layer_.shape.columns();
+    const bool usable = is_usable(square_of(layer_.u, layer_.u_stride, 0, rows)) &&
+                        is_usable(square_of(layer_.v, layer_.v_stride, 0, columns));
+    const bool restart = !usable || (sigma == 0 && !is_zero_weight());
+    A *u_saved = static_cast<A*>(layer_.u_saved), *v_saved = static_cast<A*>(layer_.v_saved);
+    keep_or_restart(layer_.u, layer_.u_stride, rows, restart, u_saved);
+    keep_or_restart(layer_.v, layer_.v_stride, columns, restart, v_saved);
+  }
+
+  void keep_or_restart(void* vector, int64_t stride, int64_t size, bool restart, A* saved) {
+    const bool alternating = read_vector(vector, 0) > 0;  // not the vector that it is
+    double square = 0;
+    for (int64_t i = 0; restart && i < size; ++i) {
+      square += start_entry(i, false) * start_entry(i, false);
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      if (restart) {
+        const double value = start_entry(i, alternating) / std::sqrt(square);
+        write_vector(vector, i * stride, static_cast<A>(value));
+      }
+      saved[i] = read_vector(vector, i * stride);
+    }
+  }
+
+  bool is_zero_weight() const {
+    const T* weight = static_cast<const T*>(layer_.weight);
+    return std::all_of(weight, weight + layer_.shape.numel(),
+                       [](T x) { return to_compute(x) == 0; });
   }
 
   bool vectors_are_wide() const { return std::is_same_v<T, A> || layer_.wide_vectors; }
@@ -367,7 +429,7 @@ class Forward {
   const Cut& cut_;
   const bool update_, streaming_;
   const Workspace<A> work_;
-  A* const v_scratch_;
+  A *const v_scratch_, *const s_scratch_;
   A* const packed_;
 };
 

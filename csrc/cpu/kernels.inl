@@ -306,15 +306,20 @@ compute_t<T> gram(const T* rows, int64_t count, int64_t columns, const compute_t
 template <class A>
 double combine(const A* partial, int64_t stride, int64_t blocks, const A* scale, A common,
                A divisor, A* y, int64_t n) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    const A* source = partial + b * stride;
-    const A ratio = common / scale[b];
-    for (int64_t j = 0; j < n; ++j) y[j] = (b == 0 ? 0 : y[j]) + source[j] * ratio;
-  }
+  constexpr int64_t kStrip = 32;
   double norm2 = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    y[j] /= divisor;
-    norm2 += static_cast<double>(y[j]) * static_cast<double>(y[j]);
+  for (int64_t first = 0; first < n; first += kStrip) {
+    const int64_t count = std::min(kStrip, n - first);
+    double total[kStrip] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const A* source = partial + b * stride + first;
+      const A ratio = common / scale[b];
+      for (int64_t k = 0; k < count; ++k) total[k] += static_cast<double>(source[k] * ratio);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      y[first + k] = static_cast<A>(total[k] / static_cast<double>(divisor));
+      norm2 += static_cast<double>(y[first + k]) * static_cast<double>(y[first + k]);
+    }
   }
   return norm2;
 }
@@ -346,7 +351,7 @@ void divide(const T* w, void* y, DType y_dtype, int64_t n, double sigma, bool st
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
   using A = compute_t<T>;
-  constexpr int64_t lanes = kLanes<A>, kUnroll = 4, kPiece = 4096;
+  constexpr int64_t lanes = kLanes<A>, kUnroll = 4, kPiece = 2048;
   double total = 0;
   int64_t i = 0;
   while (i + kUnroll * lanes <= n) {

@@ -155,6 +155,12 @@ __device__ __forceinline__ bool is_left_alone(const LayerTable& table, double si
   return table.soft ? sigma <= table.target : sigma == 0;
 }
 
+/// The same for start_entry.
+__device__ __forceinline__ double start_entry(int64_t i, bool alternating) {
+  const double x = 1 + static_cast<double>(40503 * i & 0xffff) / 65536;
+  return alternating && i % 2 == 0 ? -x : x;
+}
+
 /// The place in v of column c in storage order.
 __device__ __forceinline__ int64_t place_in_v(const ColumnOrder& order, int64_t c) {
   if (order.count == 0) return c;

@@ -110,10 +110,16 @@ struct ForwardLayer {
 
   __device__ __forceinline__ int last_iteration() const { return table.n_power_iterations - 1; }
 
-  /// In evaluation: ‖u‖·‖v‖, and 1 where only rounding keeps it from that.
+  /// Whether a vector whose square this is, is neither zero nor has it NaN or infinity.
+  static __device__ __forceinline__ bool is_usable(double square) {
+    return square > 0 && square < __builtin_inf();
+  }
+
+  /// In evaluation: ‖u‖·‖v‖, 1 where only rounding keeps it from that, NaN where one is of no use.
   __device__ __forceinline__ double norm_of_vectors() const {
     const double square = square_of_t(1) * *square_of_v();
-    const bool off = fabs(square - 1) > table.slack && square > 0 && square < __builtin_inf();
+    if (!is_usable(square)) return __builtin_nan("");
+    const bool off = fabs(square - 1) > table.slack;
     return off ? sqrt(square) : 1;
   }
 

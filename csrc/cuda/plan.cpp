@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <stdexcept>
+#include <string>
 
 namespace spectral_ext::cuda {
 namespace {
@@ -12,6 +14,18 @@ constexpr int64_t kGranule =
 constexpr int64_t kMinBytes = 16 << 10;  // of a ticket of elements: less is not worth its overhead
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void check_at_least_one(int64_t value, const char* name) {
+  if (value < 1) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                                ", expected at least 1");
+  }
+}
+
+void check(const PlanOptions& options) {
+  check_at_least_one(options.tickets, "tickets");
+  check_at_least_one(options.max_columns, "max_columns");
+}
 
 /// Units of equal size of one layer: rows, chunks of columns, elements. Cuts fall between granules.
 struct Units {
@@ -244,6 +258,10 @@ Places consecutive_places(const std::vector<Shape>& shapes) {
 
 Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool update,
                   const PlanOptions& options) {
+  check(options);
+  for (const Layer& layer : layers) {
+    check_at_least_one(layer.n_power_iterations, "n_power_iterations");
+  }
   const auto count = static_cast<int32_t>(layers.size());
   Plan plan;
   plan.layers.resize(layers.size());
@@ -339,6 +357,7 @@ Plan plan_forward(const std::vector<Layer>& layers, const Places& places, bool u
 
 Plan plan_backward(const std::vector<LayerGradient>& layers, const Places& places,
                    const PlanOptions& options) {
+  check(options);
   const auto count = static_cast<int32_t>(layers.size());
   Plan plan;
   plan.layers.resize(layers.size());

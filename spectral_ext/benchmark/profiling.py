@@ -32,6 +32,7 @@ __all__ = ["PARTS", "Profile", "operations_table", "parts_table", "profile_step"
 
 NORM = "spectral norm"
 NODE = "autograd::engine::evaluate_function: "
+OWN = "spectral_ext::"
 PARTS = ("norms, forward", "rest of forward", "norms, backward", "rest of backward", "optimizer")
 
 
@@ -183,14 +184,22 @@ def parts_table(stock: Profile, fused: Profile, title: str) -> Table:
 
 
 def operations_table(stock: Profile, fused: Profile, count: int = 10) -> Table:
-    """Return the operations that take most, by the time in themselves and not in what they call."""
-    table = Table(title="operations by their own time", title_justify="left")
+    """Return the slowest operations and all operators of spectral_ext.
+
+    Operations are ordered by their self time, which excludes the operations that they call.
+
+    Args:
+        stock: the profile of a step with PyTorch's spectral norms.
+        fused: the profile of a step with fused spectral norms.
+        count: the number of slowest operations. Operators of spectral_ext that are not among them
+            follow below.
+    """
+    table = Table(title="operations by self time", title_justify="left")
     for side in ("stock", "fused"):
         table.add_column(side)
         table.add_column("ms", justify="right")
         table.add_column("calls", justify="right")
-    lists = [list(each.operations.items())[:count] for each in (stock, fused)]
-    for pair in itertools.zip_longest(*lists):
+    for pair in itertools.zip_longest(_rows(stock, count), _rows(fused, count)):
         cells: list[str] = []
         for item in pair:
             if item is None:
@@ -200,6 +209,11 @@ def operations_table(stock: Profile, fused: Profile, count: int = 10) -> Table:
                 cells += [_short(name), f"{value:.3f}", f"{calls:g}"]
         table.add_row(*cells)
     return table
+
+
+def _rows(profile: Profile, count: int) -> list[tuple[str, tuple[float, float]]]:
+    rows = list(profile.operations.items())
+    return rows[:count] + [row for row in rows[count:] if row[0].startswith(OWN)]
 
 
 def _short(name: str) -> str:

@@ -15,9 +15,20 @@ import torch
 from torch import Tensor
 
 from ..normalization import Results
+from .history import NO_REGIONS, Entry, Regions
 from .sharded import ShardedResults, ShardedUnit
 
-__all__ = ["Part", "Record", "Visible", "active", "hidden_saves", "in_force", "lookup"]
+__all__ = [
+    "Part",
+    "Record",
+    "Visible",
+    "active",
+    "hidden_saves",
+    "in_force",
+    "is_plain",
+    "lookup",
+    "serving",
+]
 
 
 # A computation, and the places of its layers.
@@ -35,6 +46,8 @@ class Record:
         parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
         finish: makes the weight of a place from what is attached to the graph.
+        sizes: the lengths of ``u`` and ``v`` of every place.
+        regions: the checkpoints that were open.
 
     A unit whose weight was sharded is found by its parametrization alone: FSDP puts the whole weight into
     its place before the layer asks for it.
@@ -46,9 +59,12 @@ class Record:
         "finish",
         "index",
         "normalized",
+        "on_trial",
         "parts",
         "recompute",
+        "regions",
         "sharded",
+        "sizes",
         "weights",
     )
     below: "Record | None"  # the record that this one covers
@@ -61,6 +77,8 @@ class Record:
         parts: list[Part],
         recompute: Callable[[int], Tensor] | None,
         finish: Callable[[int, Tensor], Tensor] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        regions: Regions = NO_REGIONS,
     ) -> None:
         self.index = index
         self.weights = weights
@@ -68,13 +86,29 @@ class Record:
         self.parts = parts
         self.recompute = recompute
         self.finish = finish
+        self.sizes = sizes
+        self.regions = regions
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
+        # The vectors of layers whose hooks have not run yet, by place; their own have not advanced.
+        self.on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         self.sharded: dict[int, ShardedUnit] = {}
         for results, part in parts:
             if isinstance(results, ShardedResults):
                 for place, unit in zip(part, results.units, strict=True):
                     self.sharded[place] = unit.of_a_forward()
+
+    @property
+    def entry(self) -> Entry | None:
+        """The vectors that the weights were computed with; None if they are not known."""
+        if self.sizes is None:
+            return None
+        saved = [
+            (vectors, [part[i] for i in members])
+            for results, part in self.parts
+            for vectors, members in results.saved
+        ]
+        return Entry(self.index, saved, self.sizes)
 
     def normalized_of_shards(self, place: int, weight: Tensor) -> Tensor | None:
         """Return the weight of a unit that was sharded; None if another tensor is in its place."""
@@ -110,6 +144,8 @@ class Visible:
 
     def __init__(self) -> None:
         self.record: Record | None = None
+        # Whether a forward of the model has come to its end.
+        self.has_run = False
 
 
 class _Active(threading.local):
@@ -119,6 +155,37 @@ class _Active(threading.local):
 
 
 active = _Active()
+
+
+# Bound once: every access of every weight asks for them.
+top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+graph_task = torch._C._current_graph_task_id
+grad_enabled = torch.is_grad_enabled
+
+
+def is_plain(record: Record) -> bool:
+    """Return whether no checkpoint can have been opened since a record was put in force.
+
+    A reentrant one turns gradients off in its forward. Where they were off before, it is not recomputed.
+    """
+    return (
+        top_hooks(False) is None
+        and graph_task() == -1
+        and (grad_enabled() or (record.detached and record.below is None))
+    )
+
+
+def serving(record: Record | None, parametrization: int, weight: Tensor) -> Record | None:
+    """Return the record that :func:`lookup` takes a weight from."""
+    while record is not None:
+        place = record.index.get(parametrization)
+        if place is not None:
+            if place in record.sharded:
+                return record if weight.shape == record.sharded[place].shape else None
+            if record.weights[place] is weight and record.normalized[place] is not None:
+                return record
+        record = record.below
+    return None
 
 
 def lookup(record: Record | None, parametrization: int, weight: Tensor) -> Tensor | None:

@@ -9,7 +9,9 @@ from torch.nn.utils import parametrize
 
 from ..reference import Order
 from ..settings import LayerSettings
+from ..validation import check_bool
 from .dynamic_class import parametrization_lists
+from .foreign import computed_by_others, other_matrices
 from .operator_norm import OperatorNorm
 from .parametrization import (
     Gain,
@@ -26,8 +28,16 @@ from .register import (
     is_lazy,
     iterations_of,
     normalize_parameter,
+    pending_norm,
 )
-from .select import Selector, check_selector, is_selected
+from .select import (
+    Selector,
+    check_module,
+    check_name,
+    check_selector,
+    checked_types,
+    is_selected,
+)
 
 __all__ = ["LAYER_TYPES", "AppliedSpectralNorm", "apply_spectral_norm"]
 
@@ -90,7 +100,8 @@ def apply_spectral_norm(
         model: changed in place; modules in any depth, and itself.
         types: the types of modules to normalize, subclasses included.
         include: normalize only what this selects: a regular expression, searched in the qualified
-            names of the module and of the tensor, or a predicate of module name and module.
+            names of the module and of the tensor, or a predicate of module name and module. It must
+            select at least one tensor of the types.
         exclude: leave out what this selects.
         name: of the tensor in each module.
         n_power_iterations, eps, order, scale, bound, gain, detach_sigma: as in
@@ -99,17 +110,21 @@ def apply_spectral_norm(
         per_group: the same, for convolutions with groups; others are one block.
 
     Returns:
-        The names of what was normalized, and of what was not with the reason. Only modules that
-        have a tensor of that name are mentioned.
+        The names of what was normalized, and of what was not with the reason. Mentioned are modules that
+        have a tensor of that name, and for ``"weight"`` also matrices that have another name, such as
+        ``weight_ih_l0`` of an RNN and ``in_proj_weight`` of an attention. A weight that has a norm already,
+        also one of other code such as ``weight_norm``, is left alone.
 
     Raises:
-        TypeError, ValueError: an argument does not fit. Nothing was changed.
+        TypeError, ValueError: an argument does not fit, or ``include`` selects nothing. Nothing was
+            changed.
         RuntimeError: the backend cannot run. Nothing was changed.
     """
-    if not isinstance(model, Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    types = (types,) if isinstance(types, type) else tuple(types)
+    check_module("model", model)
+    check_name(name)
+    types = checked_types(types)
     label = "apply_spectral_norm"
+    check_bool(label, "per_group", per_group)
     settings = LayerSettings(
         n_power_iterations=iterations_of(label, n_power_iterations, tol, max_power_iterations),
         eps=eps,
@@ -122,13 +137,44 @@ def apply_spectral_norm(
     check_choices(label, settings, gain, init)
     check_selector("include", include)
     check_selector("exclude", exclude)
+    chosen, skipped = _chosen(model, types, include, exclude, name, backend)
+    for qualified_name, module in chosen.items():
+        label = f"{qualified_name} of {parametrize.type_before_parametrizations(module).__name__}"
+        in_groups = per_group and isinstance(getattr(module, "groups", None), int)
+        of_layer = settings._replace(
+            dim=default_dim(module), blocks=blocks_of(label, module, 1, in_groups)
+        )
+        normalize_parameter(module, name, of_layer, gain, init, backend, label)
+    return AppliedSpectralNorm(tuple(chosen), skipped)
+
+
+def _chosen(
+    model: Module,
+    types: tuple[type[Module], ...],
+    include: Selector | None,
+    exclude: Selector | None,
+    name: str,
+    backend: str | None,
+) -> tuple[dict[str, Module], dict[str, str]]:
+    """Return the modules to normalize, and why others are skipped, by the names of their tensors."""
     chosen: dict[str, Module] = {}
     skipped: dict[str, str] = {}
     known: dict[Module, str] = {}
+    available: dict[str, bool] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            if name in module._parameters:
+                skipped[prefix + name] = "torch.jit has compiled the module"
+            continue
+        for other in other_matrices(module, name) if name == "weight" else ():
+            is_meant = is_selected(include, exclude, module_name, other, module)
+            skipped[prefix + other] = _of_other_name(module, other) if is_meant else "excluded"
         if not _has_tensor(module, name):
             continue
-        qualified_name = f"{module_name}.{name}" if module_name else name
+        qualified_name = prefix + name
+        if isinstance(module, types):
+            available[qualified_name] = is_selected(include, None, module_name, name, module)
         if module in known:
             reason: str | None = f"the same module as {known[module] or 'the model'}"
         elif not isinstance(module, types):
@@ -142,14 +188,17 @@ def apply_spectral_norm(
             chosen[qualified_name] = module
         else:
             skipped[qualified_name] = reason
-    for qualified_name, module in chosen.items():
-        label = f"{qualified_name} of {parametrize.type_before_parametrizations(module).__name__}"
-        in_groups = per_group and isinstance(getattr(module, "groups", None), int)
-        of_layer = settings._replace(
-            dim=default_dim(module), blocks=blocks_of(label, module, 1, in_groups)
+    if not any(available.values()) and include is not None:
+        shown = ", ".join([*available][:20]) + (", …" if len(available) > 20 else "")
+        raise ValueError(
+            f"include={include!r} selects none of the tensors that could be normalized; "
+            f"{f'they are: {shown}' if shown else 'the model has none'}"
         )
-        normalize_parameter(module, name, of_layer, gain, init, backend, label)
-    return AppliedSpectralNorm(tuple(chosen), skipped)
+    return chosen, skipped
+
+
+def _of_other_name(module: Module, name: str) -> str:
+    return f"{type(module).__name__} has no 'weight'; use spectral_norm(module, {name!r})"
 
 
 def _has_tensor(module: Module, name: str) -> bool:
@@ -158,6 +207,7 @@ def _has_tensor(module: Module, name: str) -> bool:
         or name in module._buffers
         or name in parametrization_lists(module)
         or stock_hook(module, name) is not None
+        or computed_by_others(module, name) is not None
     )
 
 
@@ -168,8 +218,13 @@ def _obstacle(module: Module, name: str, backend: str | None) -> str | None:
         isinstance(p, (StockSpectralNorm, OperatorNorm)) for p in list_
     ):
         return "already normalized"
+    if pending_norm(module, name) is not None:
+        return "it gets a norm in its first forward already"
     if is_lazy(module, name):
         return None
+    reason = computed_by_others(module, name)
+    if reason is not None:
+        return reason
     try:
         weight, _ = checked_weight(module, name, default_dim(module), type(module).__name__)
     except (TypeError, ValueError) as error:

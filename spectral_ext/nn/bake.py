@@ -1,16 +1,18 @@
 """A model without spectral norms that computes what one with them does in evaluation."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..layout import without_autocast
+from ..reference import weight_matrix
 from .dynamic_class import (
     GROUP,
     class_of_parametrizations,
@@ -21,9 +23,10 @@ from .dynamic_class import (
 )
 from .evaluation import in_evaluation
 from .group import group_of
-from .hook_layout import remove_hook
+from .hook import GroupHook, stock_hooks
+from .hook_layout import remove_hook, was_called
 from .operator_norm import OperatorNorm
-from .parametrization import StockHook, StockSpectralNorm
+from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
 from .register import LazyNorm
 
 __all__ = ["bake"]
@@ -45,6 +48,10 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
     one where it is the same for both: always in a fused model with equal settings, while stock's
     layers each have a σ of their own.
 
+    A layer with PyTorch's hook whose module is never called, since another module reads its weight, uses the
+    weight before normalization, and keeps it. Run the model once before, then ``bake`` knows these layers.
+    In a model that was not run, they are the ``out_proj`` of ``nn.MultiheadAttention`` alone.
+
     Args:
         model: any model, or a single layer; its layers may have our spectral norm, fused or not, or
             either of stock's.
@@ -58,13 +65,22 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
         TypeError: it is no module, or was compiled or scripted: bake the model that went in.
         ValueError: there is no spectral norm in it, or a lazy layer that has no weight yet. The message
             names the layer. Nothing was changed.
+
+    Warns:
+        UserWarning: a layer with PyTorch's hook was never called, and its ``u`` and ``v`` were never
+            iterated. The message names the layer.
     """
     _check(model)
+    raw, doubtful = _find_bypassed(model)
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy.deepcopy(model, _results_of_hooks(model))
         tensors = list(_find(model))
         values = _values_in_evaluation(model, tensors)
+        for place in raw:
+            values[place] = tensors[place].originals[0]
+        for place, name in doubtful.items():
+            _warn_if_not_iterated(tensors[place], name)
         # Nothing below raises.
         for root in model.modules():
             if GROUP in root.__dict__:
@@ -106,6 +122,22 @@ class _Normalized:
         """What layers with a tied weight have in common."""
         return tuple(map(id, self.originals))
 
+    @property
+    def was_called(self) -> bool | None:
+        """Whether the hook has run; None for a tensor that has never had PyTorch's hook."""
+        if self.hook:
+            return was_called(self.module, self.hook)
+        norm = parametrization_lists(self.module)[self.name][0]
+        if not isinstance(norm, SpectralNorm) or norm._hook is None:
+            return None
+        return not norm.is_bypassed and (norm._hook.called or norm._last_weight is not None)
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether it is known that forwards do not call the module."""
+        norms = parametrization_lists(self.module).get(self.name, ())
+        return any(isinstance(norm, SpectralNorm) and norm.is_bypassed for norm in norms)
+
     def value(self) -> Tensor:
         """Return the tensor as it is now."""
         if self.hook:
@@ -127,6 +159,9 @@ class _Normalized:
             remove_hook(module, self.hook)
         else:
             lists = parametrization_lists(module)
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, GroupHook) and hook.name == name:
+                    del module._forward_pre_hooks[key]
             del lists[name]
             if lists:
                 stock_class(module)
@@ -142,12 +177,82 @@ class _Normalized:
 
 def _find(model: Module) -> Iterator[_Normalized]:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, StockHook):
-                yield _Normalized(module, hook.name, hook)
+        for hook in stock_hooks(module):
+            yield _Normalized(module, hook.name, hook)
         for name, list_ in parametrization_lists(module).items():
             if any(isinstance(norm, (StockSpectralNorm, OperatorNorm)) for norm in list_):
                 yield _Normalized(module, name, None)
+
+
+def _find_bypassed(model: Module) -> tuple[list[int], dict[int, str]]:
+    """Return the places of tensors that the model uses without their norm, and of those that it may.
+
+    The latter with the names of their modules.
+    """
+    tensors = list(_find(model))
+    called = [tensor.was_called for tensor in tensors]
+    names = {module: name for name, module in model.named_modules()}
+    raw, doubtful = [], {}
+    for place, tensor in enumerate(tensors):
+        if called[place] is not False:
+            continue
+        name = names[tensor.module]
+        if (
+            tensor.is_bypassed
+            or _has_run_around(name, tensors, called, names)
+            or _is_read_by_attention(model, name)
+        ):
+            raw.append(place)
+        else:
+            doubtful[place] = name
+    return raw, doubtful
+
+
+def _has_run_around(
+    name: str, tensors: list[_Normalized], called: list[bool | None], names: dict[Module, str]
+) -> bool:
+    """Return whether the smallest module around a layer that has others with a hook has called one."""
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        inside = f"{parent}." if parent else ""
+        others = [
+            was_called
+            for tensor, was_called in zip(tensors, called, strict=True)
+            if was_called is not None
+            and names[tensor.module] != name
+            and (names[tensor.module] == parent or names[tensor.module].startswith(inside))
+        ]
+        if others:
+            return any(others)
+    return False
+
+
+def _is_read_by_attention(model: Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    attention = torch.nn.MultiheadAttention
+    return child == "out_proj" and isinstance(model.get_submodule(parent), attention)
+
+
+def _warn_if_not_iterated(tensor: _Normalized, name: str) -> None:
+    """Warn of a layer that was never called, and whose vectors are far from singular vectors."""
+    module, label = tensor.module, f"{name}.{tensor.name}" if name else tensor.name
+    if tensor.hook:
+        u, v = (module._buffers[tensor.name + end] for end in ("_u", "_v"))
+        dim = tensor.hook.dim
+    else:
+        norm = cast(SpectralNorm, parametrization_lists(module)[tensor.name][0])
+        u, v, dim = norm._u, norm._v, norm.dim
+    with torch.no_grad():
+        assert u is not None
+        product = weight_matrix(tensor.originals[0], dim).to(u.dtype) @ v
+        if u.dot(product) < 0.5 * product.norm():
+            warnings.warn(
+                f"{label}: the layer was never called and its u and v were never iterated, so its baked weight "
+                "is wrong by a factor. If the layer was trained, another module reads its weight before "
+                "normalization: run the model once before bake, which then leaves the weight as it is",
+                stacklevel=3,
+            )
 
 
 def _check(model: Module) -> None:

@@ -7,6 +7,7 @@ used.
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from .dynamic_class import refuse_to_trace_what_is_cached
 from .plan import Plan
 
 __all__ = ["put_into_cache", "take_from_cache"]
@@ -14,6 +15,7 @@ __all__ = ["put_into_cache", "take_from_cache"]
 
 def take_from_cache(plan: Plan, normalized: list[Tensor | None]) -> list[int]:
     """Fill in the weights that are cached; return the places that are still to compute."""
+    refuse_to_trace_what_is_cached()
     known: set[int] = set()
     for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True):
         cached = parametrize._cache.get((id(layer.module), layer.tensor_name))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch.nn import Module
 
 from .dynamic_class import parametrization_lists
+from .hook import stock_hooks
 from .hook_keys import keys, vectors_of_1d
 from .parametrization import StockHook, StockSpectralNorm
 
@@ -56,9 +57,7 @@ def _norms(
 ) -> list[tuple[str, StockHook | StockSpectralNorm]]:
     """Return the spectral norms of a module by tensor name."""
     found: list[tuple[str, StockHook | StockSpectralNorm]] = [
-        (hook.name, hook)
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, StockHook)
+        (hook.name, hook) for hook in stock_hooks(module)
     ]
     for tensor_name, list_ in parametrization_lists(module).items():
         norms = [norm for norm in list_ if isinstance(norm, StockSpectralNorm)]

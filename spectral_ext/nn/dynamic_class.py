@@ -6,13 +6,18 @@ parametrization removed from one is gone from all. The modules that we touch get
 its place, with faster properties; pickle and ``copy`` make the class anew for every copy.
 
 The root of a fused model gets a subclass whose ``forward`` enters the group.
+
+These classes have the names of the classes below them, and ``__init_subclass__`` and the metaclass of the
+user do not see them: a registry of classes would list them, or refuse them.
 """
 
+import abc
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
@@ -22,19 +27,33 @@ from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
-from .active import Record, active, in_force, lookup
+from .active import (
+    Record,
+    active,
+    grad_enabled,
+    graph_task,
+    in_force,
+    is_plain,
+    lookup,
+    top_hooks,
+)
 from .hook_keys import read_hook_layout
 
 __all__ = [
     "GROUP",
+    "add_properties",
+    "class_for_parametrizations",
     "class_of_parametrizations",
     "exchange_class",
     "fused_class",
     "is_fused",
     "own_class",
     "parametrization_lists",
+    "refuse_to_trace_what_is_cached",
+    "register",
     "spectral_norms",
     "stock_class",
+    "take_off",
     "unwrap",
 ]
 
@@ -87,7 +106,9 @@ def fused_class(base: type[Module]) -> type[Module]:
         if is_dynamo_compiling():
             above, visible.record = visible.record, group.trace()
             try:
-                return base.forward(self, *args, **kwargs)
+                output = base.forward(self, *args, **kwargs)
+                visible.has_run = True
+                return output
             finally:
                 visible.record = above
         record = group.enter()
@@ -96,7 +117,9 @@ def fused_class(base: type[Module]) -> type[Module]:
         # An interrupt is raised at a call, and there is none in this `finally`.
         try:
             visible.record = active.record = record
-            return base.forward(self, *args, **kwargs)
+            output = base.forward(self, *args, **kwargs)
+            visible.has_run = True
+            return output
         finally:
             visible.record, active.record = above, below
 
@@ -108,13 +131,12 @@ def fused_class(base: type[Module]) -> type[Module]:
 
     body = {
         _KIND: "fused",
-        "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "__setstate__": set_state,
         "forward": forward,
     }
-    cls = type(f"Fused{base.__name__}", (base,), body)
+    cls = _subclass(base, body)
     _fused_classes[base] = weakref.ref(cls)
     return cls
 
@@ -124,21 +146,64 @@ def is_fused(cls: type) -> bool:
     return cls.__dict__.get(_KIND) == "fused"
 
 
+def class_for_parametrizations(module: Module) -> type[Module]:
+    """Return the class of ours that a module with parametrizations gets; the module is left as it is."""
+    if not parametrize.is_parametrized(module):
+        return _parametrized_class(type(module), {})
+    cls = class_of_parametrizations(module)
+    if cls.__dict__.get(_KIND) == "parametrized":
+        return type(module)
+    return _exchanged(type(module), cls, _parametrized_class(cls.__bases__[0], {}))
+
+
 def own_class(module: Module) -> None:
     """Put a class of ours in the place of the one that ``parametrize`` gave a module."""
-    cls, names = class_of_parametrizations(module), list(parametrization_lists(module))
-    if cls.__dict__.get(_KIND) != "parametrized":
-        exchange_class(module, cls, _parametrized_class(cls.__bases__[0], names))
-    else:
-        for name in names:
-            setattr(cls, name, _tensor_property(name))
+    module.__class__ = class_for_parametrizations(module)
+    add_properties(module)
+
+
+def add_properties(module: Module) -> None:
+    """Give the class of a parametrized module, which is ours, a property for each of its tensors."""
+    cls = class_of_parametrizations(module)
+    for name, property_ in _properties(_kinds_of_tensors(module)).items():
+        setattr(cls, name, property_)
+
+
+def register(module: Module, name: str, parametrization: Module, *, unsafe: bool) -> None:
+    """Do what ``register_parametrization`` of PyTorch does, with a class of ours.
+
+    PyTorch takes the tensor off the module before it makes a class, which may fail.
+    """
+    if parametrize.is_parametrized(module):
+        parametrize.register_parametrization(module, name, parametrization, unsafe=unsafe)
+        own_class(module)
+        return
+    cls = class_for_parametrizations(module)
+    list_ = ParametrizationList([parametrization], getattr(module, name), unsafe=unsafe)
+    delattr(module, name)
+    module.__class__ = cls
+    module.parametrizations = ModuleDict()
+    module.parametrizations[name] = list_
+    add_properties(module)
+
+
+def take_off(module: Module, name: str) -> Tensor:
+    """Take the parametrizations of a tensor off a module with a class of ours; return the original."""
+    lists, cls = parametrization_lists(module), class_of_parametrizations(module)
+    for property_ in _properties({name: _kinds_of_tensors(module)[name]}):
+        if property_ in cls.__dict__:
+            delattr(cls, property_)
+    original: Tensor = lists.pop(name).original
+    if not lists:
+        del module._modules["parametrizations"]
+        exchange_class(module, cls, cls.__bases__[0])
+    return original
 
 
 def stock_class(module: Module) -> None:
     """Give a parametrized module the class that ``parametrize`` would give it."""
     whole, ours = type(module), class_of_parametrizations(module)
-    module.__class__ = ours.__bases__[0]
-    parametrize._inject_new_class(module)
+    module.__class__ = _class_of_stock(ours.__bases__[0])
     for name in parametrization_lists(module):
         parametrize._inject_property(module, name)
     module.__class__ = _exchanged(whole, ours, type(module))
@@ -164,7 +229,44 @@ def _exchanged(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
         _exchanged(base, old, new) if issubclass(base, old) else base for base in cls.__bases__
     )
     body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, tuple(bases), body)
+    return _quiet_class(cls.__name__, tuple(bases), body)
+
+
+class _Quiet:
+    """The first base of a class while it is made, in front of bases that listen to it."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        pass
+
+
+def _quiet_class(name: str, bases: tuple[type[Any], ...], body: dict[str, Any]) -> type[Any]:
+    """Make a class without a call of ``__init_subclass__`` or of the user's metaclass."""
+    kinds = [type(base) for base in bases]
+    kind = next(k for k in kinds if all(issubclass(k, other) for other in kinds))
+    new = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
+    cls = new(kind, name, (_Quiet, *bases), body)
+    type.__dict__["__bases__"].__set__(cls, bases)
+    return cls
+
+
+def _subclass(base: type[Any], body: dict[str, Any]) -> type[Any]:
+    """Make a subclass that has the names of its base."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return _quiet_class(base.__name__, (base,), names | body)
+
+
+def _class_of_stock(base: type[Module]) -> type[Any]:
+    """Return the class that ``parametrize`` makes for a module."""
+    stand_in = Module()
+    parametrize._inject_new_class(stand_in)
+    body = {
+        key: value
+        for key, value in type(stand_in).__dict__.items()
+        if key in ("__module__", "__getstate__", "__deepcopy__")
+    }
+    if hasattr(base, "__deepcopy__"):
+        body.pop("__deepcopy__", None)
+    return _quiet_class(f"Parametrized{base.__name__}", (base,), body)
 
 
 def unwrap(root: Module) -> None:
@@ -174,16 +276,61 @@ def unwrap(root: Module) -> None:
     exchange_class(root, fused, fused.__bases__[0])
 
 
-def _parametrized_class(base: type[Module], tensor_names: list[str]) -> type[Module]:
-    body: dict[str, Any] = {name: _tensor_property(name) for name in tensor_names}
+def _parametrized_class(base: type[Module], tensors: dict[str, bool]) -> type[Module]:
+    """Make the class of a module; ``tensors`` says of each tensor whether it came with a hook."""
+    body: dict[str, Any] = _properties(tensors)
     body |= {
         _KIND: "parametrized",
-        "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_load_from_state_dict": _load_from_state_dict,
     }
-    return type(f"Parametrized{base.__name__}", (base,), body)
+    return _subclass(base, body)
+
+
+def _kinds_of_tensors(module: Module) -> dict[str, bool]:
+    """Return for each parametrized tensor of a module whether it came with PyTorch's hook."""
+    return {
+        name: getattr(list_._modules.get("0"), "_hook", None) is not None
+        for name, list_ in parametrization_lists(module).items()
+    }
+
+
+def _properties(tensors: dict[str, bool]) -> dict[str, Any]:
+    properties: dict[str, Any] = {}
+    for name, came_with_hook in tensors.items():
+        if came_with_hook:
+            properties |= _properties_of_hook(name)
+        else:
+            properties[name] = _tensor_property(name)
+    return properties
+
+
+def _properties_of_hook(tensor_name: str) -> dict[str, Any]:
+    """Return the attributes that PyTorch's hook gives a module; see hook.py."""
+
+    def get(self: Any) -> Any:
+        return self.parametrizations[tensor_name][0]._hook.read(self)
+
+    def set_(self: Any, value: Tensor) -> None:
+        self.parametrizations[tensor_name][0]._hook.assign(self, value)
+
+    def vector(name: str) -> property:
+        return property(
+            lambda self: getattr(self.parametrizations[tensor_name][0], name),
+            lambda self, value: setattr(self.parametrizations[tensor_name][0], name, value),
+        )
+
+    original = property(
+        lambda self: self.parametrizations[tensor_name].original,
+        lambda self, value: setattr(self.parametrizations[tensor_name], "original", value),
+    )
+    return {
+        tensor_name: property(get, set_),
+        f"{tensor_name}_orig": original,
+        f"{tensor_name}_u": vector("_u"),
+        f"{tensor_name}_v": vector("_v"),
+    }
 
 
 def _lowest(module: Module) -> type[Module]:
@@ -194,14 +341,24 @@ def _lowest(module: Module) -> type[Module]:
 def _load_from_state_dict(
     self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
 ) -> None:
-    """Load checkpoints of stock's hook too."""
+    """Load checkpoints of stock's hook, of a plain model, and of weights alone too."""
     for name, list_ in parametrization_lists(self).items():
-        if isinstance(list_[0], StockSpectralNorm):
-            read_hook_layout(list_[0], name, state_dict, prefix, local_metadata)
-            keys = f"{prefix}parametrizations.{name}."
-            if f"{keys}original" in state_dict and f"{keys}0._u" not in state_dict:
-                list_[0].__dict__["_start_from"] = list_  # new vectors, once the weight is there
+        norm = list_[0]
+        if not isinstance(norm, StockSpectralNorm):
+            continue
+        read_hook_layout(norm, name, state_dict, prefix, local_metadata)
+        original = f"{prefix}parametrizations.{name}.original"
+        if len(list_) == 1 and f"{prefix}{name}" in state_dict and original not in state_dict:
+            state_dict[original] = state_dict.pop(f"{prefix}{name}")
+        if original in state_dict and type(norm) is not StockSpectralNorm:
+            norm.__dict__["_start_from"] = list_  # for its vectors, once the weight is there
     super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def refuse_to_trace_what_is_cached() -> None:
+    """Raise where ``torch.jit.trace`` would write a cached weight down as a constant, as PyTorch does."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("Cannot trace a model while caching parametrizations.")
 
 
 def _tensor_property(tensor_name: str) -> property:
@@ -218,9 +375,13 @@ def _tensor_property(tensor_name: str) -> property:
             if original is not None and len(modules) == 1:
                 found = lookup(record, id(modules["0"]), original)
                 if found is not None:
-                    return found
+                    # As is_plain says, without a call; what a checkpoint reads is noted.
+                    if grad_enabled() and top_hooks(False) is None and graph_task() == -1:
+                        return found
+                    return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:
             return parametrizations()
+        refuse_to_trace_what_is_cached()
         key = (id(self), tensor_name)
         tensor = parametrize._cache.get(key)
         if tensor is None:
@@ -244,8 +405,9 @@ def _reduce_ex(self: Any, protocol: int) -> Any:
         return reduced
     constructor, arguments, *rest = reduced
     arguments = tuple(own if argument is type(self) else argument for argument in arguments)
-    tensor_names = list(parametrization_lists(self))
-    return (_rebuild, (made_of, tensor_names, constructor, arguments), *rest)
+    tensors = _kinds_of_tensors(self)
+    hooked = [name for name, came_with_hook in tensors.items() if came_with_hook]
+    return (_rebuild, (made_of, list(tensors), constructor, arguments, hooked), *rest)
 
 
 def _originals(module: Module) -> Record:
@@ -262,11 +424,17 @@ def _originals(module: Module) -> Record:
     return Record(index, weights, list(weights), [], lambda place: weights[place])
 
 
-def _rebuild(made_of: list[str], tensor_names: list[str], constructor: Any, arguments: Any) -> Any:
+def _rebuild(
+    made_of: list[str],
+    tensor_names: list[str],
+    constructor: Any,
+    arguments: Any,
+    hooked: Collection[str] = (),
+) -> Any:
     """Make the module that :func:`_reduce_ex` took apart; its state comes later."""
     module = constructor(*arguments)
-    cls = type(module)
+    cls, tensors = type(module), {name: name in hooked for name in tensor_names}
     for kind in reversed(made_of):
-        cls = fused_class(cls) if kind == "fused" else _parametrized_class(cls, tensor_names)
+        cls = fused_class(cls) if kind == "fused" else _parametrized_class(cls, tensors)
     module.__class__ = cls
     return module

@@ -1,6 +1,7 @@
 """Fuse the spectral norms of a model into one group, and undo it."""
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast, get_args
 
@@ -13,6 +14,8 @@ from ..layout import compute_dtype
 from . import hook_layout
 from .dynamic_class import (
     GROUP,
+    add_properties,
+    class_for_parametrizations,
     class_of_parametrizations,
     exchange_class,
     fused_class,
@@ -23,6 +26,7 @@ from .dynamic_class import (
     unwrap,
 )
 from .group import SpectralGroup
+from .hook import leave_groups
 from .kept import Update
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
 from .plan import Layer
@@ -44,9 +48,7 @@ class _Found:
 
     @property
     def label(self) -> str:
-        cls = type(self.module)
-        if parametrize.is_parametrized(self.module):
-            cls = class_of_parametrizations(self.module).__bases__[0]
+        cls = own_class_of(self.module)
         path = f"{self.name}.{self.tensor_name}" if self.name else self.tensor_name
         return f"{path} of {cls.__name__}"
 
@@ -89,6 +91,12 @@ def fuse(
     of stock's. Layers that have one ``Parameter`` and the same settings are computed once, and
     share ``u`` and ``v`` until they are unfused; they are updated where one of them is in training.
     Fusing again makes a new group; a layer belongs to the group that took it last.
+
+    A layer that had PyTorch's hook keeps a hook of its subclass, its attributes (``weight_orig``, ``weight_u``,
+    ``weight_v``) and its rules. Outside of the forward of ``model``, each call of the layer makes one
+    iteration, and an access gives the weight of the last call. Before the first call it gives the weight
+    before normalization, and so it does for a layer that is never called since another module reads its
+    weight (``nn.MultiheadAttention.out_proj``). The group computes such a layer in no forward after the first.
 
     ``DistributedDataParallel`` may be around the model before or after it is fused. ``u`` and ``v`` are the
     same on all ranks, if they have started so: DDP sends them once unless ``broadcast_buffers=False``.
@@ -133,6 +141,9 @@ def fuse(
         RuntimeError: the backend cannot run, or the forward of the model cannot be entered.
 
     In all cases nothing was changed, and the message names the layer.
+
+    Warns:
+        UserWarning: the order of ``model.parameters()`` changes, by which optimizers load their state.
     """
     _check_root(model, bucket_mb)
     if update not in get_args(Update):
@@ -156,6 +167,12 @@ def fuse(
             _refuse_to_move(found.module, found.label, "fuse")
         candidate.check(found.weight, found.label)
         check_backend(backend, found.weight)
+    # The classes, made before anything changes; that of the model stays in a cache.
+    classes = {found.module: class_for_parametrizations(found.module) for found in chosen}
+    of_model = fused_class(own_class_of(model))
+    for module in {model, *classes}:
+        _refuse_super_of_class(module)
+    _warn_of_order(chosen)
 
     # Nothing below raises.
     kept = {id(found.norm) for found in chosen}
@@ -166,11 +183,14 @@ def fuse(
         and isinstance(found.norm, SpectralNorm)
         and _root_of(found.norm) is model
     ]
-    _leave_groups(norm for _, _, norm in left_out)
+    leave_groups([*(norm for _, _, norm in left_out), *candidates])
     for layer in left_out:
         _restore(*layer)
-    _leave_groups(candidates)
+    for module in classes:
+        module.__class__ = class_for_parametrizations(module)
     layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
+    for module in classes:
+        add_properties(module)
     group = SpectralGroup(
         layers,
         backend=backend,
@@ -182,10 +202,9 @@ def fuse(
     if not any(is_fused(cls) for cls in type(model).__mro__):
         if parametrize.is_parametrized(model):
             own_class(model)
-            base = class_of_parametrizations(model).__bases__[0]
-            exchange_class(model, base, fused_class(base))
+            exchange_class(model, own_class_of(model), of_model)
         else:
-            model.__class__ = fused_class(type(model))
+            model.__class__ = of_model
     model.__dict__[GROUP] = group
     group.bind(model)
     return group
@@ -275,11 +294,61 @@ def _take(found: _Found, candidate: SpectralNorm) -> Layer:
         # The object stays the one that it was, for those who hold it.
         norm.__dict__.update(candidate.__dict__)
         candidate = _with_class(norm, SpectralNorm)
-    own_class(module)
     weight = parametrization_lists(module)[found.tensor_name].original
     candidate.convert_vectors(compute_dtype(weight.dtype))
+    candidate.mend_vectors(weight)
     object.__setattr__(candidate, "label", found.label)
     return Layer(found.name, module, found.tensor_name, candidate)
+
+
+def own_class_of(module: Module) -> type[Module]:
+    """Return the class of a module below that of its parametrizations."""
+    if parametrize.is_parametrized(module):
+        return cast(type[Module], class_of_parametrizations(module).__bases__[0])
+    return type(module)
+
+
+def _refuse_super_of_class(module: Module) -> None:
+    """Raise where ``super(self.__class__, self)`` would find the same method for ever in a subclass."""
+    cls = own_class_of(module)
+    for name, method in vars(cls).items():
+        names = getattr(getattr(method, "__code__", None), "co_names", ())
+        if name != "__init__" and "super" in names and "__class__" in names:
+            raise RuntimeError(
+                f"{cls.__name__}.{name} calls super(self.__class__, self), which calls itself without end "
+                "once the class of the object is a subclass, and fuse gives it one; write super()"
+            )
+
+
+def _warn_of_order(chosen: list[_Found]) -> None:
+    """Warn of modules whose parameters get another order, since some follow a weight that is moved."""
+    of_module: dict[Module, list[_Found]] = {}
+    for found in chosen:
+        if isinstance(found.norm, StockHook):
+            of_module.setdefault(found.module, []).append(found)
+    for module, taken in of_module.items():
+        if _order_after(module, taken) != list(map(id, module.parameters())):
+            names = ", ".join(found.label for found in taken)
+            warnings.warn(
+                f"{names}: fuse changes the order of the module's parameters, since other parameters follow "
+                "the weight. Optimizers find their state by position: load no optimizer checkpoint from "
+                "before fuse (or from after unfuse) into the fused model, and fuse before the optimizer is "
+                "made",
+                stacklevel=3,
+            )
+
+
+def _order_after(module: Module, taken: list[_Found]) -> list[int]:
+    """Return the ids of a module's parameters in the order that they have once hooks are replaced."""
+    moved = [module._parameters[f"{found.tensor_name}_orig"] for found in taken]
+    own = [p for p in module.parameters(recurse=False) if all(p is not other for other in moved)]
+    children = {name: list(child.parameters()) for name, child in module._modules.items() if child}
+    if "parametrizations" in module._modules:
+        children["parametrizations"] = [*moved, *children["parametrizations"]]  # type: ignore[list-item]
+    else:
+        children = {"parametrizations": moved, **children}  # type: ignore[dict-item]
+    every = [*own, *(p for parameters in children.values() for p in parameters)]
+    return list(dict.fromkeys(id(p) for p in every if p is not None))
 
 
 def _with_class(module: Module, cls: type[_Module]) -> _Module:
@@ -311,17 +380,3 @@ def _to_stock(norm: SpectralNorm) -> None:
 def _root_of(norm: SpectralNorm) -> Module | None:
     group = None if norm._group is None else norm._group()
     return None if group is None else group.root
-
-
-def _leave_groups(norms: Iterable[SpectralNorm]) -> None:
-    """Take layers out of the groups that they are in; a model that has no layer left is unwrapped."""
-    groups: dict[SpectralGroup, list[SpectralNorm]] = {}
-    for norm in norms:
-        group = None if norm._group is None else norm._group()
-        if group is not None:
-            groups.setdefault(group, []).append(norm)
-    for group, members in groups.items():
-        group.release(members)
-        root = group.root
-        if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
-            unwrap(root)

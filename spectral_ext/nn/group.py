@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists, spectral_norms
-from .history import History
+from .history import NO_REGIONS, Regions, open_regions
 from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
@@ -70,7 +70,6 @@ class SpectralGroup:
         self._last = LastForward()
         self._kept: Kept | None = None
         self._was_captured = False
-        self.history = History()
         if update != "forward":
             watch_optimizers(self)
         self._root: weakref.ref[Module] | None = None
@@ -131,9 +130,11 @@ class SpectralGroup:
         return log_dict(self, prefix)
 
     def check(self) -> None:
-        """Raise if a σ was not finite in any forward since the last check.
+        """Raise if a σ was not finite in any forward since the last check, or is 0 of a weight that is not.
 
-        For groups with ``check_finite``. The forwards note it on the device; only this waits.
+        For groups with ``check_finite``. The forwards note it on the device; only this waits. Where the
+        σ of the last forward is 0, it looks at the weight, ``u`` and ``v`` too: the next forward may find
+        another σ.
 
         Raises:
             FloatingPointError: names the layers.
@@ -145,6 +146,17 @@ class SpectralGroup:
         if names:
             raise FloatingPointError(
                 f"the spectral norm was not finite since the last check: {', '.join(names)}"
+            )
+        sigmas = [] if last.sigmas is None else last.sigmas.tolist()
+        names = [
+            layer.qualified_name
+            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
+            if sigmas and sigmas[unit] == 0 and not layer.parametrization.finds_sigma(layer.weight)
+        ]
+        if names:
+            raise FloatingPointError(
+                "the spectral norm is 0 and the weight is not, so it is not normalized: "
+                f"{', '.join(names)}; call warm_start() or reset u and v"
             )
 
     @torch.no_grad()
@@ -160,7 +172,8 @@ class SpectralGroup:
     def warm_start(self, n_power_iterations: int = 15) -> None:
         """Advance ``u`` and ``v`` of all layers by so many iterations, after a jump of the weights.
 
-        Loading a checkpoint that has weights and no vectors does so by itself.
+        Vectors that are zero or not finite restart. Loading a checkpoint that has weights and no
+        vectors does so by itself.
         """
         if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, int):
             raise TypeError("n_power_iterations must be an int")
@@ -171,7 +184,12 @@ class SpectralGroup:
         settings = plan.settings._replace(
             n_power_iterations=[n_power_iterations] * count, tols=[0.0] * count
         )
+        norms = [layer.parametrization for layer in plan.layers]
+        for norm in norms:
+            norm.make_unit_vectors()
         self._run(plan, tensors, list(range(count)), [True] * count, settings)
+        for norm in norms:
+            norm.make_unit_vectors()
 
     def sigma_of(self, name: str) -> Tensor:
         """Return σ of one layer as a 0-D tensor.
@@ -367,45 +385,82 @@ class SpectralGroup:
     def compute(self) -> Record:
         """Compute all layers."""
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            return self._compute()
+            in_backward = torch._C._current_graph_task_id() != -1
+            return self._compute(open_regions() if in_backward else NO_REGIONS)
+        regions = open_regions()
         with hidden_saves():  # a checkpoint, perhaps: forward and recomputation must save as much
-            return self._compute()
+            return self._compute(regions)
 
-    def _compute(self) -> Record:
-        if torch._C._current_graph_task_id() != -1:  # the whole model is checkpointed
-            return self._compute_again()
+    def _compute(self, regions: Regions) -> Record:
         plan, tensors = self._gather()
         training = plan.training()
-        results = self._normalize_at_once(plan, training) if self.update == "forward" else None
+        if regions is NO_REGIONS and not torch.is_grad_enabled() and any(training):
+            regions = open_regions()  # a reentrant checkpoint turns gradients off
+        if regions.replayed is not None:
+            return self._compute_again(plan, tensors, regions)
+        on_trial: dict[int, tuple[Tensor, Tensor]] = {}
+        if plan.hooks:
+            tensors, on_trial = plan.begin_forward(tensors)
+        at_once = self.update == "forward" and not on_trial
+        results = self._normalize_at_once(plan, training) if at_once else None
         if results is not None:
             parts: list[Part] = [(results, range(len(training)))]
             normalized: list[Any] = results.normalized
             if plan.has_gains:
                 normalized = plan.with_gains(normalized)
-            if training[0]:
-                self.history.add(plan.index, results.saved, plan.sizes)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
 
-        return Record(plan.index, tensors.weights, normalized, parts, recompute, plan.with_gain)
+        record = self._record(plan, tensors, normalized, parts, recompute, regions)
+        record.on_trial = on_trial
+        return record
 
-    def _compute_again(self) -> Record:
+    def _compute_again(self, plan: Plan, tensors: UnitTensors, regions: Regions) -> Record:
         """Compute as the forward did that is now computed again for its backward."""
-        plan, tensors = self._gather()
         weights, us, vs = tensors
-        entry = self.history.find() if any(plan.training()) else None
+        entry = regions.replay(self)
         if entry is not None:
-            pairs = [entry.vectors_at(place) for place in range(len(weights))]
-            us = [u if pair is None else pair[0] for u, pair in zip(us, pairs, strict=True)]
-            vs = [v if pair is None else pair[1] for v, pair in zip(vs, pairs, strict=True)]
-        places = list(range(len(weights)))
+            us, vs = list(us), list(vs)
+            for parametrization, place in plan.index.items():
+                us[place], vs[place] = entry.vectors(parametrization) or (us[place], vs[place])
         tensors = UnitTensors(weights, us, vs)
+        places = list(range(len(weights)))
         parts = self._run(plan, tensors, places, [False] * len(places))
         normalized = plan.with_gains(_join_normalized(parts, len(places)))
-        return Record(plan.index, weights, normalized, parts, None, plan.with_gain)
+        return self._record(plan, tensors, normalized, parts, None, regions)
+
+    def _record(
+        self,
+        plan: Plan,
+        tensors: UnitTensors,
+        normalized: list[Tensor | None],
+        parts: list[Part],
+        recompute: Callable[[int], Tensor] | None,
+        regions: Regions,
+    ) -> Record:
+        """Return a record, and note its vectors in the checkpoints that are open."""
+        record = Record(
+            plan.index,
+            tensors.weights,
+            normalized,
+            parts,
+            recompute,
+            plan.with_gain,
+            plan.sizes,
+            regions,
+        )
+        entry = record.entry if regions.recorded else None
+        if entry is not None:
+            regions.note(self, entry)
+        return record
+
+    @property
+    def label(self) -> str:
+        """How messages call the group: by its layers."""
+        return ", ".join(layer.qualified_name for layer in self.layers)
 
     def _recompute(self, plan: Plan, tensors: UnitTensors, place: int) -> Tensor:
         """Compute one unit again, without update, as autograd sees it."""
@@ -476,13 +531,6 @@ class SpectralGroup:
             normalized = [old if old is not None else x for old, x in zip(cached, new, strict=True)]
             if parametrize._cache_enabled:
                 put_into_cache(plan, normalized)
-        if any(training) and not traced:
-            saved = [
-                (vectors, [part[i] for i in members])
-                for results, part in parts
-                for vectors, members in results.saved
-            ]
-            self.history.add(plan.index, saved, plan.sizes)
         return normalized, parts
 
     def trace(self) -> Record:
@@ -491,8 +539,12 @@ class SpectralGroup:
         assert plan is not None, "a layer of the group does not fit; call the model to see which"
         tensors = plan.traceable()
         updates = [mode and self.update != "manual" for mode in plan.training()]
-        # A sharded layer is computed alone where its weight is whole.
-        places = [place for place in range(len(updates)) if place not in plan.sharded]
+        # A sharded layer is computed alone where its weight is whole, and one on trial where its hook runs.
+        places = [
+            place
+            for place, update in enumerate(updates)
+            if place not in plan.sharded and not (update and plan.is_on_trial(place))
+        ]
         parts = self._normalize(plan, tensors, places, updates)
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         return Record({}, tensors.weights, normalized, [], None)
@@ -500,6 +552,12 @@ class SpectralGroup:
     def _gather(self) -> tuple[Plan, UnitTensors]:
         """Return a plan that holds, and the tensors of its units."""
         plan = self._plan
+        if plan is not None and plan.has_trial and self.visible.has_run and not is_traced():
+            plan.has_trial = False
+            if not plan.is_without_bypassed():
+                self._plan = self._other_plan = plan = None
+            elif self._kept is not None:
+                self._kept.renew(plan)
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
             # FSDP exchanges the weights for their shards and back again: one plan for each.

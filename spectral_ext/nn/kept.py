@@ -77,6 +77,12 @@ class Kept:
             and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))
         )
 
+    def renew(self, plan: Plan) -> None:
+        """Take the vectors of the layers themselves for those that the layers had on trial."""
+        tensors = plan.gather()
+        if plan is self._plan and tensors is not None and self._state is not None:
+            self._state = _state_of(plan, tensors)
+
     def can_attach(self, place: int) -> bool:
         """Return whether a unit can get a graph node without being computed again."""
         return place in self._attachable

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +13,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..layout import without_autocast
+from ..settings import LEAST_EPS
 from ..spectrum.convolution import Convolution
-from ..validation import check_settings
+from ..validation import check_number, check_settings
 from .dynamic_class import own_class
 from .parametrization import checked_weight, stock_hook
+from .select import check_module, check_name
 
 __all__ = ["OperatorNorm", "convolution_of", "operator_norm"]
 
@@ -123,7 +126,7 @@ class OperatorNorm(Module):
         shapes = self.convolution.output_shape(weight), self.convolution.input_shape(weight)
         if (tuple(self._u.shape), tuple(self._v.shape)) != shapes:
             raise ValueError(
-                f"{self.label}: a weight of shape {tuple(weight.shape)} wants u and v of shapes "
+                f"{self.label}: for a weight of shape {tuple(weight.shape)}, u and v must have shapes "
                 f"{shapes[0]} and {shapes[1]}, got {tuple(self._u.shape)} and {tuple(self._v.shape)}"
             )
 
@@ -192,8 +195,8 @@ def operator_norm(
     ICML 2019, section 4; Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz
     Continuity", Machine Learning 110 (2021), for ``bound``.
     """
-    if not isinstance(module, Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
+    check_name(name)
     label = f"{parametrize.type_before_parametrizations(module).__name__}.{name}"
     check_settings(label, n_power_iterations, eps, "u_first")
     _check_number(label, "scale", scale)
@@ -210,7 +213,13 @@ def operator_norm(
         convolution = convolution_of(module, input_size)
         convolution.check(weight)
     norm = OperatorNorm(
-        weight, convolution, n_power_iterations, eps, scale=scale, bound=bound, label=label
+        weight,
+        convolution,
+        int(n_power_iterations),
+        float(eps),
+        scale=float(scale),
+        bound=None if bound is None else float(bound),
+        label=label,
     )
     parametrize.register_parametrization(module, name, norm)
     own_class(module)
@@ -231,7 +240,11 @@ def convolution_of(module: Module, input_size: int | Sequence[int]) -> Convoluti
         )
     settings: Any = module
     ndim = len(settings.kernel_size)
-    sizes = (input_size,) * ndim if isinstance(input_size, int) else input_size
+    sizes: Any = (input_size,) * ndim if isinstance(input_size, Integral) else input_size
+    if isinstance(sizes, (tuple, list)):  # NumPy's integers become Python's, and a bool stays
+        sizes = tuple(
+            int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in sizes
+        )
     if isinstance(sizes, (tuple, list)) and len(sizes) != ndim:
         raise ValueError(f"input_size must have {ndim} entries, got {tuple(sizes)}")
     return Convolution(
@@ -256,11 +269,10 @@ def _labelled(label: str) -> Iterator[None]:
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:
-    return F.normalize(x.flatten(), dim=0, eps=eps).view_as(x)
+    return F.normalize(x.flatten(), dim=0, eps=max(eps, LEAST_EPS)).view_as(x)
 
 
 def _check_number(label: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{label}: {name} must be a float, got {type(value).__name__}")
+    check_number(label, name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{label}: {name} must be positive and finite, got {name}={value}")

@@ -17,13 +17,13 @@ from typing_extensions import Self
 
 from .. import backends
 from ..layout import compute_dtype, matrix_shape
-from ..normalization import normalize_layers, with_gain
-from ..reference import Order, weight_matrix
+from ..normalization import Results, is_traced, normalize_layers, with_gain
+from ..reference import Order, is_usable, start_vector, unit_vector, weight_matrix
 from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight
-from .active import Visible, active, hidden_saves, lookup
-from .history import History
-from .sharded import is_sharded, normalize_sharded
+from .active import Visible, active, hidden_saves, is_plain, lookup, serving
+from .history import NO_REGIONS, Entry, open_regions
+from .sharded import is_sharded, local_part, normalize_sharded
 
 if TYPE_CHECKING:
     from .group import SpectralGroup
@@ -34,6 +34,7 @@ __all__ = [
     "IN_GROUP",
     "Gain",
     "Init",
+    "LastWeight",
     "Origin",
     "SpectralNorm",
     "StockHook",
@@ -53,8 +54,15 @@ GAINS, INITS = get_args(Gain), get_args(Init)
 
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
-_NOT_COPIED = (*IN_GROUP, "_history", "_start_from")
+_NOT_COPIED = (*IN_GROUP, "_last_weight", "_start_from")
 _SETTINGS = {*LayerSettings._fields, "backend"}
+
+
+class LastWeight:
+    """The weight of the last call of a module that came with PyTorch's hook."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
 
 
 class SpectralNorm(StockSpectralNorm):
@@ -97,7 +105,9 @@ class SpectralNorm(StockSpectralNorm):
     _visible: Visible | None = None
     _place: int = -1
     _group: "weakref.ref[SpectralGroup] | None" = None
-    _history: History | None = None
+    # Of a layer that came with PyTorch's hook: the hook (hook.py), and what it has kept.
+    _hook: Any = None
+    _last_weight: LastWeight | None = None
     # While a checkpoint is loaded that has a weight and no vectors: where the weight is.
     _start_from: ParametrizationList | None = None
 
@@ -135,6 +145,7 @@ class SpectralNorm(StockSpectralNorm):
             self._register_random_vectors(weight)
             if order == "u_first":
                 self.warm_start(weight)
+        self.mend_vectors(weight)  # the iterations of PyTorch leave zeros of a weight below eps
         if init == "svd" and not is_vector:
             self._use_singular_vectors(weight)
         if gain is not None:
@@ -163,12 +174,60 @@ class SpectralNorm(StockSpectralNorm):
 
     @torch.no_grad()
     def warm_start(self, weight: Tensor, n_power_iterations: int = 15) -> None:
-        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight."""
+        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight.
+
+        They are unit vectors afterwards, whatever they were before.
+        """
         if not self.is_vector:
             settings = self.settings._replace(n_power_iterations=n_power_iterations, tol=0.0)
             vectors = ([self._buffers["_u"]], [self._buffers["_v"]])
             normalize = normalize_sharded if is_sharded(weight) else normalize_layers
+            self.make_unit_vectors()
             normalize([weight], *vectors, Settings.of([settings]), True, "reference")
+            self.make_unit_vectors()  # eps makes vectors of very small weights shorter
+
+    @torch.no_grad()
+    def mend_vectors(self, weight: Tensor | None) -> None:
+        """Find ``_u`` and ``_v`` again where one of them is zero or not finite.
+
+        Good vectors keep their bits. Looks at values, for which the host waits.
+
+        Args:
+            weight: to iterate with; None makes unit vectors alone.
+        """
+        parts = self._vector_parts()
+        if not all(_has_values(part) for part in parts):
+            return
+        if all(is_usable(part) for part in parts):
+            return
+        if weight is None or not _has_values(local_part(weight)):
+            self.make_unit_vectors()
+        else:
+            self.warm_start(weight)
+
+    @torch.no_grad()
+    def finds_sigma(self, weight: Tensor) -> bool:
+        """Return whether the weight is zero, or a product of it with ``u`` or ``v`` is not."""
+        weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+        if self.is_vector or not weight.any():
+            return True
+        matrices = [weight_matrix(part, self.dim) for part in weight.chunk(self.blocks)]
+        vectors = [self._buffers[name].to(weight.dtype).chunk(self.blocks) for name in ("_u", "_v")]  # type: ignore[union-attr]
+        return all(
+            bool((m.mH @ u).any() & (m @ v).any())
+            for m, u, v in zip(matrices, *vectors, strict=True)
+        )
+
+    def _vector_parts(self) -> list[Tensor]:
+        """Return ``_u`` and ``_v``, each in its blocks."""
+        vectors = [self._buffers.get(name) for name in ("_u", "_v")]
+        return [part for x in vectors if x is not None for part in x.chunk(self.blocks)]
+
+    @torch.no_grad()
+    def make_unit_vectors(self) -> None:
+        """Divide ``_u`` and ``_v`` by their norms if these are off, and restart those of no use."""
+        for part in self._vector_parts():
+            part.copy_(unit_vector(part))
 
     @torch.no_grad()
     def _first_gain(self, weight: Tensor, gain: Gain) -> Tensor:
@@ -192,28 +251,49 @@ class SpectralNorm(StockSpectralNorm):
         if is_dynamo_compiling():
             visible = self._visible_weight(weight)
             return self._normalize(weight) if visible is None else visible
-        in_force = lookup(active.record, id(self), weight)
-        if in_force is not None:
+        record = active.record
+        in_force = None if record is None else lookup(record, id(self), weight)
+        if in_force is not None and record is not None and is_plain(record):
             return in_force
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed block is computed again
-            with hidden_saves():
-                return self._normalize_again(weight)
+        if in_force is None and self._is_outside_of_checkpoints():
+            return self._normalize(weight)
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-            return self._normalize(weight, remember=self.training)
-        with hidden_saves():  # a checkpoint, perhaps: what it counts must be as above
-            return self._normalize(weight, remember=self.training)
+            return self._in_checkpoint(weight, in_force)
+        with hidden_saves():  # forward and recomputation must save as many tensors
+            return self._in_checkpoint(weight, in_force)
 
-    def _normalize_again(self, weight: Tensor) -> Tensor:
-        """Normalize this layer as the forward did that is now computed again for its backward."""
-        group = None if self._group is None else self._group()
-        entries = [] if self._history is None else [self._history.find()]
-        if group is not None:
-            entries.append(group.history.find())
-        found = max((e for e in entries if e is not None), key=lambda e: e.number, default=None)
-        if not self.training or found is None:
-            return self._normalize(weight, update=False)
-        vectors = found.vectors(id(self))
-        return self._normalize(weight, update=False, vectors=vectors)
+    def _is_outside_of_checkpoints(self) -> bool:
+        return (
+            torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            and torch._C._current_graph_task_id() == -1
+            and (torch.is_grad_enabled() or not self.training)
+        )
+
+    def _in_checkpoint(self, weight: Tensor, in_force: Tensor | None) -> Tensor:
+        """Return the weight that a checkpoint reads, and note its vectors for the recomputation."""
+        regions = open_regions()
+        if regions is NO_REGIONS:
+            return self._normalize(weight) if in_force is None else in_force
+        record = None if in_force is None else serving(active.record, id(self), weight)
+        known = NO_REGIONS if record is None else record.regions
+        if record is not None and regions.replayed in (None, known.replayed):
+            assert in_force is not None
+            normalized, entry = in_force, record.entry
+        else:
+            known, found = NO_REGIONS, None
+            if regions.replayed is not None:
+                found = regions.replay(self)
+            vectors = None if found is None else found.vectors(id(self))
+            update = self.training and regions.replayed is None
+            normalized, results = self._compute(weight, update, vectors)
+            entry = Entry({id(self): 0}, results.saved, [self._vector_sizes])
+        if entry is not None:
+            regions.note(self, entry, known.recorded)
+        return normalized
+
+    @property
+    def _vector_sizes(self) -> tuple[int, int]:
+        return (0, 0) if self.is_vector else (len(self._u), len(self._v))
 
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""
@@ -229,20 +309,18 @@ class SpectralNorm(StockSpectralNorm):
             return None
         return normalized
 
-    def _normalize(
-        self,
-        weight: Tensor,
-        update: bool | None = None,
-        remember: bool = False,
-        vectors: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def _normalize(self, weight: Tensor) -> Tensor:
         """Normalize this layer alone."""
+        group = None if self._group is None or is_dynamo_compiling() else self._group()
+        if group is not None and self.training:
+            group.count_lone()
+        return self._compute(weight, self.training)[0]
+
+    def _compute(
+        self, weight: Tensor, update: bool, vectors: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Results]:
+        """Normalize this layer alone, with its own vectors or with others."""
         u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
-        if remember and self._group is not None and not torch.compiler.is_compiling():
-            group = self._group()
-            if group is not None:
-                group.count_lone()
-        update = self.training if update is None else update
         if is_sharded(weight):
             return self._normalize_shards(weight, u, v, update)
         try:
@@ -252,24 +330,31 @@ class SpectralNorm(StockSpectralNorm):
         except Exception:
             self.check(weight)
             raise
-        if remember and results.saved:
-            history = self._history or History()
-            self.__dict__["_history"] = history
-            history.add({id(self): 0}, results.saved, [matrix_shape(weight, self.dim)])
-        return with_gain(results.normalized[0], self.learned_gain, self.dim)
+        return with_gain(results.normalized[0], self.learned_gain, self.dim), results
 
-    def _normalize_shards(self, weight: Tensor, u: Any, v: Any, update: bool) -> Tensor:
+    def _normalize_shards(
+        self, weight: Tensor, u: Any, v: Any, update: bool
+    ) -> tuple[Tensor, Results]:
         """Normalize a distributed weight that is not in a forward; all of its ranks must do so."""
         self.check(weight)
         settings = Settings.of([self.settings])
         results = normalize_sharded([weight], [u], [v], settings, update, self.backend)
         gain, dim = self.learned_gain, self.dim
-        return results.units[0].normalized(weight, lambda x: with_gain(x, gain, dim))
+        return results.units[0].normalized(weight, lambda x: with_gain(x, gain, dim)), results
 
     @property
     def is_vector(self) -> bool:
         """Whether the weight is divided by its norm, without ``u`` and ``v``."""
         return "_u" not in self._buffers
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the layer came with PyTorch's hook, and a forward of the fused model did not call it.
+
+        Another module reads its weight, which then is not normalized.
+        """
+        hook, visible = self._hook, self._visible
+        return hook is not None and not hook.called and visible is not None and visible.has_run
 
     @property
     def learned_gain(self) -> torch.nn.Parameter | None:
@@ -327,9 +412,12 @@ class SpectralNorm(StockSpectralNorm):
         super()._apply(fn, recurse)
         for name, vector in before.items():
             now = self._buffers[name]
-            if vector is None or now is None or vector.dtype == now.dtype:
+            if vector is None or now is None:
                 continue
-            self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
+            if vector.is_meta and not now.is_meta:  # to_empty
+                self._buffers[name] = self._start_vector(now)
+            elif vector.dtype != now.dtype:
+                self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
         return self
 
     def _forget_calls(self) -> None:
@@ -338,17 +426,38 @@ class SpectralNorm(StockSpectralNorm):
         if group is not None:
             group.forget_calls()
 
+    def _start_vector(self, like: Tensor) -> Tensor:
+        """Return what ``_u`` or ``_v`` starts from where it has no value."""
+        wide = like.new_empty(like.shape, dtype=compute_dtype(like.dtype))
+        return torch.cat([start_vector(part) for part in wide.chunk(self.blocks)])
+
     def convert_vectors(self, dtype: torch.dtype) -> None:
         """Keep ``_u`` and ``_v`` in another dtype from now on."""
         for name, vector in self._buffers.items():
             if vector is not None and vector.dtype != dtype:
                 self._buffers[name] = vector.to(dtype)
 
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **keywords: Any
+    ) -> None:
+        """Load the vectors, or find them from the weight: a checkpoint may have the weight alone."""
         list_ = self.__dict__.pop("_start_from", None)
-        if list_ is not None:
-            self.warm_start(list_.original)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **keywords)
+        weight = None if list_ is None else list_.original
+        names = [name for name in ("_u", "_v") if name in self._buffers]
+        missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in state_dict]
+        if weight is None or not missing:
+            self.mend_vectors(weight)
+            return
+        if len(missing) == len(names):  # one without the other is a damaged checkpoint
+            missing_keys = keywords["missing_keys"] if "missing_keys" in keywords else rest[2]
+            missing_keys[:] = [key for key in missing_keys if key not in missing]
+        for name in names:
+            vector = self._buffers[name]
+            if vector is not None and vector.is_meta and not weight.is_meta:  # assign=True
+                place = local_part(weight).device
+                self._buffers[name] = self._start_vector(torch.empty_like(vector, device=place))
+        self.warm_start(weight)
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the defaults."""
@@ -361,6 +470,11 @@ class SpectralNorm(StockSpectralNorm):
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether the numbers of a tensor can be looked at: not of stand-ins."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not is_traced()
 
 
 def stock_hook(module: Module, name: str) -> StockHook | None:

@@ -5,7 +5,6 @@ objects; the group compares their identities on every entry and makes a new plan
 exchanged. Making a plan checks every layer, so that a call that starts is a call that can write.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend
@@ -76,10 +76,13 @@ class Layer:
     def is_direct(self) -> bool:
         """Return whether its weight is available before the layer runs.
 
-        A hook on the list of parametrizations makes it later: that of ``torch.nn.utils.prune``. A weight
-        on the meta device is loaded later: Accelerate keeps offloaded weights there between two calls.
+        A hook on the list of parametrizations makes it later: that of ``torch.nn.utils.prune``. So does a
+        parametrization of the original. A weight on the meta device is loaded later: Accelerate keeps
+        offloaded weights there between two calls.
         """
         list_ = parametrization_lists(self.module)[self.tensor_name]
+        if parametrize.is_parametrized(list_, "original") or self.parametrization.is_bypassed:
+            return False
         weight = _home_of_original(list_).get("original")
         return not list_._forward_pre_hooks and (weight is None or not weight.is_meta)
 
@@ -198,10 +201,27 @@ class Plan:
             (0, 0) if u is None or v is None else (len(u), len(v))
             for u, v in zip(self._units.us, self._units.vs, strict=True)
         ]
+        # For each unit the names of its layers.
+        self.names = [""] * len(self._leads)
+        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
+            before = f"{self.names[unit]}, " if self.names[unit] else ""
+            self.names[unit] = before + layer.qualified_name
         self._units_of_weight = Counter(id(weight) for weight in columns.weights)
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
         self.has_gains = any(p.learned_gain is not None for p in leads)
+        # For each unit whose layers all came with PyTorch's hook, the hooks.
+        self.hooks: dict[int, list[Any]] = {}
+        others = set()
+        for p, unit in zip(self._parametrizations, self.unit_of_layer, strict=True):
+            if p._hook is None:
+                others.add(unit)
+            else:
+                self.hooks.setdefault(unit, []).append(p._hook)
+        self._hooked = [p for p in self._parametrizations if p._hook is not None]
+        for unit in others:
+            self.hooks.pop(unit, None)
+        self.has_trial = any(map(self.is_on_trial, self.hooks))
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
             place
@@ -222,6 +242,12 @@ class Plan:
             (parameters, "original", parameters.get("original"))
             for layer in indirect
             for parameters in [parametrization_lists(layer.module)[layer.tensor_name]._parameters]
+            if not layer.parametrization.is_bypassed
+        ]
+        places += [  # until their modules are called
+            (layer.parametrization._hook.__dict__, "called", False)
+            for layer in indirect
+            if layer.parametrization.is_bypassed
         ]
         self._children: tuple[dict[str, Any], ...] = ()
         if root is not None:
@@ -277,6 +303,41 @@ class Plan:
             if list(map(len, self._children)) != self._counts:  # a module was added
                 return None
         return self._units
+
+    def is_on_trial(self, unit: int) -> bool:
+        """Return whether the modules of a unit have PyTorch's hook, and none of them was called yet."""
+        hooks = self.hooks.get(unit)
+        if hooks is None:
+            return False
+        for hook in hooks:  # noqa: SIM110, Dynamo cannot trace a generator here
+            if hook.called:
+                return False
+        return True
+
+    def is_without_bypassed(self) -> bool:
+        """Return whether the plan has no layer that the group does not compute any more."""
+        return not any(p.is_bypassed for p in self._parametrizations)
+
+    def begin_forward(
+        self, tensors: UnitTensors
+    ) -> tuple[UnitTensors, dict[int, tuple[Tensor, Tensor]]]:
+        """Let the layers forget the weights of their last calls; return copies of vectors on trial.
+
+        Returns:
+            The tensors to compute with, and by unit the copies of ``u`` and ``v`` that are among them.
+        """
+        for norm in self._hooked:
+            if norm._hook.called:
+                norm.__dict__["_last_weight"] = None
+        if not self.has_trial:
+            return tensors, {}
+        weights, us, vs = tensors.weights, list(tensors.us), list(tensors.vs)
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        for unit in filter(self.is_on_trial, self.hooks):
+            u, v = us[unit], vs[unit]
+            assert u is not None and v is not None
+            copies[unit] = us[unit], vs[unit] = u.detach().clone(), v.detach().clone()
+        return UnitTensors(weights, us, vs), copies
 
     def is_of_the_same(self, other: "Plan | None") -> bool:
         """Return whether another plan has the same units, whose weights FSDP has exchanged."""
@@ -349,14 +410,6 @@ class Plan:
         """Where the first unit is; the CPU if there is none."""
         weights = self._units.weights
         return weights[0].device if weights else torch.device("cpu")
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """For each unit the names of its layers."""
-        names = [""] * len(self._leads)
-        for layer, unit in zip(self.layers, self.unit_of_layer, strict=True):
-            names[unit] += f", {layer.qualified_name}" if names[unit] else layer.qualified_name
-        return names
 
     def training(self) -> list[bool]:
         """Return for each unit whether to update: where a layer of it is in training."""

@@ -17,12 +17,12 @@ from .. import functional
 from ..layout import compute_dtype, matrix_shape
 from ..reference import Order, weight_matrix
 from ..settings import LayerSettings
-from ..validation import check_layer, check_weight
+from ..validation import check_layer, check_weight, refuse_sharded
 from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .parametrization import Init, check_backend, default_dim
 from .register import check_choices, iterations_of
-from .select import Selector, check_selector, is_selected
+from .select import Selector, check_name, check_selector, checked_types, is_selected
 
 __all__ = ["SpectralProjection", "project_"]
 
@@ -62,7 +62,8 @@ class SpectralProjection:
             not matter: a frozen weight above the bound would break it, too. Left out, with the reason
             in ``skipped``, are parameters with fewer than two dimensions (biases do not change what a
             layer amplifies) or without elements, and those that came before under another name.
-        bound: ``c`` of ``W / max(1, σ/c)``; a weight whose σ is at most ``c`` keeps its bits.
+        bound: ``c`` of ``W / max(1, σ/c)``, default 1 unless ``scale`` is given. A weight whose σ is at
+            most ``c`` keeps its bits.
         scale: ``c`` of ``c·W/σ``, instead of ``bound``.
         n_power_iterations, eps, order, backend: see
             :func:`spectral_ext.functional.spectral_normalize`.
@@ -70,7 +71,9 @@ class SpectralProjection:
         init: ``"svd"`` starts with the exact singular vectors, and leaves the random numbers alone;
             ``"randn"`` with random vectors and 15 iterations, which is faster for large weights.
         dim: the dimension that counts the outputs: default 1 for ``ConvTranspose1d/2d/3d`` of a model,
-            else 0.
+            else 0. All other dimensions are flattened into one. A 3-D parameter that is not the weight
+            of a convolution may be a stack of matrices, such as experts of shape ``(E, out, in)``, and
+            requires an explicit ``dim``: it is projected as one matrix.
         types, include, exclude, name: of a model, see :func:`spectral_ext.apply_spectral_norm`.
 
     Attributes:
@@ -97,7 +100,7 @@ class SpectralProjection:
         self,
         weights: Weights,
         *,
-        bound: float | None = 1.0,
+        bound: float | None = None,
         scale: float | None = None,
         n_power_iterations: int = 1,
         eps: float = 1e-12,
@@ -113,25 +116,23 @@ class SpectralProjection:
         backend: str | None = None,
     ) -> None:
         label = type(self).__name__
-        if scale is not None and bound not in (None, 1.0):
+        if scale is not None and bound is not None:
             raise ValueError(f"{label}: scale={scale} and bound={bound} exclude each other")
-        if scale is None and bound is None:
-            raise ValueError(f"{label}: bound or scale must be given")
         self._settings = LayerSettings(
             n_power_iterations=iterations_of(label, n_power_iterations, tol, max_power_iterations),
             eps=eps,
             order=order,
             tol=tol,
             scale=1.0 if scale is None else scale,
-            bound=bound if scale is None else None,
+            bound=1.0 if scale is None and bound is None else bound,
         )
         check_choices(label, self._settings, None, init)
         self.skipped: dict[str, str] = {}
         if isinstance(weights, Module):
             check_selector("include", include)
             check_selector("exclude", exclude)
-            types = (types,) if isinstance(types, type) else tuple(types)
-            found = _of_model(weights, types, include, exclude, name, self.skipped)
+            check_name(name)
+            found = _of_model(weights, checked_types(types), include, exclude, name, self.skipped)
         elif (types, include, exclude, name) != (LAYER_TYPES, None, None, "weight"):
             raise ValueError(f"{label}: types, include, exclude and name are for a model")
         else:
@@ -155,6 +156,9 @@ class SpectralProjection:
 
     def project(self) -> Tensor:
         """Project all weights once, in place.
+
+        A weight on a CPU that keeps its bits keeps its version, too: graphs and caches that hold it stay
+        valid. On other devices all versions advance, because reading σ would wait for the device.
 
         Returns:
             Every σ before the projection, a 1-D tensor in the order of ``names``.
@@ -314,8 +318,8 @@ def project_(weights: Weights, **settings: Unpack[ProjectionSettings]) -> Tensor
     return SpectralProjection(weights, **settings).project()
 
 
-# Name, parameter, and the dimension that counts the outputs.
-_Found = tuple[str, Tensor, int]
+# Name, parameter, and the dimension that counts the outputs; None where a parameter does not tell.
+_Found = tuple[str, Tensor, int | None]
 
 
 def _of_model(
@@ -328,6 +332,11 @@ def _of_model(
 ) -> Iterator[_Found]:
     """Yield the selected weights of a model; say in ``skipped`` why others were not."""
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{module_name or 'the model'}: torch.jit has compiled this module and hides its "
+                "layers; pass model.named_parameters() instead"
+            )
         weight = module._parameters.get(name)
         # A hook leaves its result among the plain attributes.
         is_computed = name in parametrization_lists(module) or isinstance(
@@ -346,7 +355,8 @@ def _of_model(
                 "this weight; it cannot be projected, leave it out with exclude"
             )
         else:
-            yield qualified_name, weight, default_dim(module)
+            is_known = isinstance(module, LAYER_TYPES)
+            yield qualified_name, weight, _dim_of(weight, default_dim(module), is_known)
 
 
 def _of_parameters(weights: Any) -> Iterator[_Found]:
@@ -359,7 +369,13 @@ def _of_parameters(weights: Any) -> Iterator[_Found]:
     for position, item in enumerate(weights):
         is_named = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, weight = item if is_named else (str(position), item)
-        yield name, weight, 0
+        yield name, weight, _dim_of(weight, 0, False)
+
+
+def _dim_of(weight: Any, default: int, is_known: bool) -> int | None:
+    """Return ``default``, or None where a 3-D parameter may be a kernel or a stack of matrices."""
+    is_unclear = not is_known and isinstance(weight, Tensor) and weight.ndim == 3
+    return None if is_unclear else default
 
 
 def _projectable(
@@ -377,7 +393,15 @@ def _projectable(
         if reason is not None:
             skipped[name] = reason
             continue
-        of_weight = check_weight(name, weight, default if dim is None else dim)
+        refuse_sharded(name, weight)
+        wanted = default if dim is None else dim
+        if wanted is None:
+            raise ValueError(
+                f"{name}: a parameter of shape {tuple(weight.shape)} may be the kernel of a convolution, "
+                "which is one matrix, or a stack of matrices, such as experts, which cannot be projected "
+                "one by one; pass dim to project it as one matrix, or leave it out"
+            )
+        of_weight = check_weight(name, weight, wanted)
         if not weight.is_leaf:
             raise ValueError(f"{name}: it is the result of a computation and not a parameter")
         if not weight.isfinite().all():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils import parametrize
@@ -10,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..reference import Order
 from ..settings import LayerSettings
-from .dynamic_class import own_class, parametrization_lists
+from ..validation import check_bool, check_integer, check_number
+from .dynamic_class import parametrization_lists, register
 from .operator_norm import operator_norm
 from .parametrization import (
     GAINS,
@@ -24,6 +26,7 @@ from .parametrization import (
     default_dim,
     stock_hook,
 )
+from .select import check_module, check_name
 
 __all__ = [
     "LazyNorm",
@@ -32,6 +35,7 @@ __all__ = [
     "is_lazy",
     "iterations_of",
     "normalize_parameter",
+    "pending_norm",
     "spectral_norm",
 ]
 
@@ -64,10 +68,11 @@ def spectral_norm(
 
     Args:
         module: the module that has the parameter; it is changed in place. A lazy module is
-            normalized in its first forward, when it has a weight.
+            normalized in its first forward, when it has a weight. Until then it loads the state dict
+            of a normalized module, and its vectors are used from the first forward on.
         name: name of the parameter (or buffer).
         n_power_iterations: steps of the power method for each access in training.
-        eps: smallest divisor of a vector.
+        eps: smallest divisor of a vector, not negative.
         dim: the dimension that counts the outputs: default 1 for ``ConvTranspose1d/2d/3d``, else 0.
         order: ``"u_first"`` is ``torch.nn.utils.parametrizations.spectral_norm``, ``"v_first"`` has
             the numbers of the older ``torch.nn.utils.spectral_norm``.
@@ -103,8 +108,8 @@ def spectral_norm(
     ``bound``: Behrmann et al., "Invertible Residual Networks", ICML 2019; ``gain``: Zhai et al.,
     "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", ICML 2023.
     """
-    if not isinstance(module, Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
+    check_name(name)
     label = f"{parametrize.type_before_parametrizations(module).__name__}.{name}"
     if norm == "operator":
         if input_size is None:
@@ -147,12 +152,14 @@ def iterations_of(
     label: str, n_power_iterations: int, tol: float, max_power_iterations: int | None
 ) -> int:
     """Return how many iterations a layer may make."""
+    check_integer(label, "n_power_iterations", n_power_iterations)
+    check_number(label, "tol", tol)
     if max_power_iterations is None:
-        is_adaptive = isinstance(tol, (int, float)) and tol > 0
-        return max(20, n_power_iterations) if is_adaptive else n_power_iterations
+        return max(20, n_power_iterations) if tol > 0 else n_power_iterations
+    check_integer(label, "max_power_iterations", max_power_iterations)
     if tol == 0:
         raise ValueError(f"{label}: max_power_iterations is for tol > 0; use n_power_iterations")
-    if isinstance(max_power_iterations, int) and max_power_iterations < 1:
+    if max_power_iterations < 1:
         raise ValueError(
             f"{label}: max_power_iterations must be positive, got {max_power_iterations}"
         )
@@ -161,6 +168,7 @@ def iterations_of(
 
 def blocks_of(label: str, module: Module, blocks: int, per_group: bool) -> int:
     """Return into how many blocks a layer is cut."""
+    check_bool(label, "per_group", per_group)
     if not per_group:
         return blocks
     groups = getattr(module, "groups", None)
@@ -184,8 +192,7 @@ def normalize_parameter(
     check_choices(label, settings, gain, init)
     _refuse_second(module, name, settings.order, label)
     if is_lazy(module, name):
-        later = LazyNorm(name, settings, gain, init, backend, label)
-        later.handle = module.register_forward_pre_hook(later)
+        LazyNorm(name, settings, gain, init, backend, label).attach(module)
         return
     weight, dim = checked_weight(module, name, settings.dim, label)
     check_backend(backend, weight)
@@ -203,8 +210,8 @@ def normalize_parameter(
     # Stock's consistency check calls the parametrization, which iterates in training; its hook
     # has no such check.
     unsafe = settings.order == "v_first"
-    parametrize.register_parametrization(module, name, parametrization, unsafe=unsafe)
-    own_class(module)
+    register(module, name, parametrization, unsafe=unsafe)
+    parametrization.make_unit_vectors()  # that check has iterated, perhaps with a weight below eps
 
 
 def check_choices(label: str, settings: LayerSettings, gain: Gain | None, init: Init) -> None:
@@ -225,18 +232,49 @@ def is_lazy(module: Module, name: str) -> bool:
 class LazyNorm:
     """A forward pre-hook that normalizes a lazy module once it has a weight.
 
-    It was registered after the module's own, which makes the weight.
+    It was registered after the module's own, which makes the weight. Until it has run, it translates the
+    state dict of a normalized module: the module gets the weight, and the vectors are kept here.
     """
 
-    handle: RemovableHandle
+    handles: tuple[RemovableHandle, ...]
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, name: str, *arguments: Any) -> None:
+        self.name = name
         self.arguments = arguments
+        self.loaded: dict[str, Tensor] = {}
+
+    def attach(self, module: Module) -> None:
+        """Wait for the first forward of a module, and for state dicts until then."""
+        loading = module._register_load_state_dict_pre_hook(self._load)
+        hooks: Any = module._load_state_dict_pre_hooks
+        # Before the module's own, which gives the parameters the shapes of the state dict.
+        hooks.move_to_end(loading.id, last=False)
+        self.handles = module.register_forward_pre_hook(self), loading
 
     def __call__(self, module: Module, inputs: Any) -> None:
         """Normalize the module, once."""
-        self.handle.remove()
-        normalize_parameter(module, *self.arguments)
+        for handle in self.handles:
+            handle.remove()
+        normalize_parameter(module, self.name, *self.arguments)
+        if self.loaded:
+            parametrization_lists(module)[self.name][0].load_state_dict(self.loaded)
+
+    def _load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Give the module the weight of a normalized one, and keep the other tensors."""
+        place = f"{prefix}parametrizations.{self.name}."
+        if f"{place}original" not in state_dict:
+            return
+        state_dict[f"{prefix}{self.name}"] = state_dict.pop(f"{place}original")
+        keys = [key for key in state_dict if key.startswith(f"{place}0.")]
+        self.loaded = {key[len(f"{place}0.") :]: state_dict.pop(key).clone() for key in keys}
+
+
+def pending_norm(module: Module, name: str) -> LazyNorm | None:
+    """Return the norm that a lazy module gets in its first forward, if there is one."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, LazyNorm) and hook.name == name:
+            return hook
+    return None
 
 
 def _refuse_second(module: Module, name: str, order: Order, label: str) -> None:
@@ -244,6 +282,8 @@ def _refuse_second(module: Module, name: str, order: Order, label: str) -> None:
     if stock_hook(module, name) is not None:
         error = RuntimeError if order == "v_first" else ValueError
         raise error(f"{label}: torch.nn.utils.spectral_norm normalizes this parameter already")
+    if order == "v_first" and pending_norm(module, name) is not None:
+        raise RuntimeError(f"{label}: cannot register two spectral norms on the same parameter")
     if order == "v_first" and parametrize.is_parametrized(module, name):
         for parametrization in parametrization_lists(module)[name]:
             if isinstance(parametrization, StockSpectralNorm):

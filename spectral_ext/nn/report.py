@@ -16,7 +16,8 @@ from ..reference import divisor, weight_matrix
 from ..settings import LayerSettings
 from ..validation import check_weight
 from .dynamic_class import GROUP, is_fused, parametrization_lists
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
+from .hook import stock_hooks
+from .parametrization import SpectralNorm, StockSpectralNorm
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +68,8 @@ class Row:
     From :attr:`exact` if it is there. Else from ``max(‖Mv‖, ‖Mᵀu‖) = σ·√(1 + residual²)``, which is
     never more than the true value.
     """
+    normalized: bool = True
+    """False if σ is 0 or not finite while the weight is not zero: it is not divided by its norm."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,6 +173,11 @@ class Report:
         shared = self._columns()[1]
         from_below = "" if self.exact else ", estimated from below"
         notes = [f"{name}: not measured, {reason}" for name, reason in self.skipped.items()]
+        notes += [
+            f"{row.name}: not normalized, σ is {row.sigma:g} and the weight is not zero."
+            for row in self.rows
+            if not row.normalized
+        ]
         notes += [f"All: {', '.join(shared)}."] if shared else []
         notes.append(f"Lipschitz: of the weight in use, as a matrix{from_below}.")
         if self.lipschitz_product is None:
@@ -212,8 +220,8 @@ class NormalizedTensor:
 
     def measure(self, exact: bool) -> Row:
         """Return the row; all is computed on the CPU, in float64."""
-        dtype = torch.complex128 if self.weight.is_complex() else torch.float64
-        weight, u, v = (x.detach().to("cpu", dtype) for x in (self.weight, self.u, self.v))
+        weight, u, v = map(_in_float64, (self.weight, self.u, self.v))
+        dtype = weight.dtype
         matrix = weight_matrix(weight, self.dim)
         length = torch.linalg.vector_norm(u) * torch.linalg.vector_norm(v)
         u, v = (F.normalize(x, dim=0, eps=torch.finfo(dtype).tiny) for x in (u, v))
@@ -224,10 +232,13 @@ class NormalizedTensor:
             torch.linalg.vector_norm(mv - sigma * u),
             torch.linalg.vector_norm(mu - sigma.conj() * v),
         )
+        normalized = bool((sigma != 0) & sigma.isfinite() | (matrix == 0).all())
         if exact:
             largest = _largest_singular_value(matrix)
         else:
             largest = torch.maximum(torch.linalg.vector_norm(mv), torch.linalg.vector_norm(mu))
+        if not normalized:  # no product with u or v says anything
+            largest = torch.maximum(largest, torch.linalg.vector_norm(matrix, dim=1).amax())
         return Row(
             name=self.name,
             layer_type=self.layer_type,
@@ -243,6 +254,7 @@ class NormalizedTensor:
             residual=0.0 if missed == 0 else (missed / sigma.abs()).item(),
             bound=self.bound,
             lipschitz=(largest / by.abs()).item(),
+            normalized=normalized,
         )
 
 
@@ -330,26 +342,25 @@ def _normalized_tensors(model: Module) -> Iterator[tuple[_Place, NormalizedTenso
     made = _iterations_made(model)
     for name, module in model.named_modules():
         prefix, cls = f"{name}." if name else "", _own_class(module)
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, StockHook):
-                weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
-                yield (
-                    (id(module), hook.name),
-                    NormalizedTensor(
-                        prefix + hook.name,
-                        weight,
-                        u,
-                        v,
-                        hook.dim % weight.ndim,
-                        layer_type=cls.__name__,
-                        order="v_first",
-                        n_power_iterations=hook.n_power_iterations,
-                        is_stock=True,
-                    ),
-                )
+        for hook in stock_hooks(module):
+            weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
+            yield (
+                (id(module), hook.name),
+                NormalizedTensor(
+                    prefix + hook.name,
+                    weight,
+                    u,
+                    v,
+                    hook.dim % weight.ndim,
+                    layer_type=cls.__name__,
+                    order="v_first",
+                    n_power_iterations=hook.n_power_iterations,
+                    is_stock=True,
+                ),
+            )
         for tensor_name, list_ in parametrization_lists(module).items():
             norm = list_[0]
-            if isinstance(norm, StockSpectralNorm):
+            if isinstance(norm, StockSpectralNorm) and not getattr(norm, "is_bypassed", False):
                 label = prefix + tensor_name
                 for place, tensor in _of_parametrization(
                     norm, list_.original, module, tensor_name, label
@@ -390,19 +401,32 @@ def _of_parametrization(
 
 
 def _skipped(model: Module) -> dict[str, str]:
-    return {
-        f"{name}.{tensor_name}" if name else tensor_name: "it is stacked on another parametrization"
-        for name, module in model.named_modules()
-        for tensor_name, list_ in parametrization_lists(module).items()
-        if not isinstance(list_[0], StockSpectralNorm)
-        and any(isinstance(p, StockSpectralNorm) for p in list_)
-    }
+    skipped = {}
+    for name, module in model.named_modules():
+        for tensor_name, list_ in parametrization_lists(module).items():
+            label = f"{name}.{tensor_name}" if name else tensor_name
+            if getattr(list_[0], "is_bypassed", False):
+                skipped[label] = (
+                    "another module reads it before normalization; its own is never called"
+                )
+            elif not isinstance(list_[0], StockSpectralNorm) and any(
+                isinstance(p, StockSpectralNorm) for p in list_
+            ):
+                skipped[label] = "it is stacked on another parametrization"
+    return skipped
 
 
 def _own_class(module: Module) -> type[Module]:
     """Return the class that a module had before it was parametrized or fused."""
     cls: type[Module] = parametrize.type_before_parametrizations(module)
     return cls.__bases__[0] if is_fused(cls) else cls
+
+
+def _in_float64(x: Tensor) -> Tensor:
+    """Return a copy on the CPU; converted there, since some devices have no float64."""
+    host = x.detach().cpu()
+    dtype = torch.complex128 if host.is_complex() else torch.float64
+    return torch.empty_like(host, dtype=dtype).copy_(host)
 
 
 def _largest_singular_value(matrix: Tensor) -> Tensor:
@@ -412,6 +436,7 @@ def _largest_singular_value(matrix: Tensor) -> Tensor:
 
 
 def _finite(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # NumPy's numbers
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

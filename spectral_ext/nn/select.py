@@ -1,13 +1,50 @@
-"""Which layers a call means: regular expressions and predicates."""
+"""Which layers a call selects: types, regular expressions and predicates."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from torch.jit import ScriptModule
 from torch.nn import Module
 
-__all__ = ["Selector", "check_selector", "is_selected"]
+__all__ = [
+    "Selector",
+    "check_module",
+    "check_name",
+    "check_selector",
+    "checked_types",
+    "is_selected",
+]
 
 Selector = str | re.Pattern[str] | Callable[[str, Module], bool]
+
+
+def check_module(argument: str, module: Any) -> None:
+    """Raise TypeError unless ``module`` is a module that can be changed; ``argument`` is its name."""
+    if not isinstance(module, Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(module, ScriptModule):
+        raise TypeError(
+            f"{argument} is a {type(module).__name__}, which torch.jit has compiled; apply the "
+            "spectral norm before torch.jit.script or torch.jit.trace"
+        )
+
+
+def check_name(name: Any) -> None:
+    """Raise TypeError unless ``name`` can be that of a tensor of a module."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+
+
+def checked_types(types: Any) -> tuple[type[Module], ...]:
+    """Return the types of layers as a tuple, or raise TypeError."""
+    found = (types,) if isinstance(types, type) else types
+    is_sequence = isinstance(found, Sequence) and not isinstance(found, str)
+    if not is_sequence or not all(isinstance(each, type) for each in found):
+        raise TypeError(
+            f"types must be a class of modules or a sequence of them, got {types!r:.60}"
+        )
+    return tuple(found)
 
 
 def check_selector(argument: str, selector: Selector | None) -> None:
@@ -16,7 +53,7 @@ def check_selector(argument: str, selector: Selector | None) -> None:
         try:
             re.compile(selector)
         except re.error as error:
-            message = f"{argument}={selector!r} is no regular expression: {error}"
+            message = f"{argument}={selector!r} is not a regular expression: {error}"
             raise ValueError(message) from error
     elif not (selector is None or isinstance(selector, re.Pattern) or callable(selector)):
         raise TypeError(

@@ -12,6 +12,9 @@ rank. A step of the power method multiplies a vector ``x`` by ``A`` and the resu
   another.
 
 All layers of a group go through the same all-reduces, which carry ``h + w`` numbers for a weight of ``h·w``.
+Where σ is 0, the ranks must agree whether the weight is: the first all-reduce carries one more number, which
+tells whether ``A`` times the vector to restart from is 0 too. Both products are made in one read of the shard.
+
 σ without an update is ``Σ uᵀM_k v``, one all-reduce of one number a layer. Every rank gets the same bits of
 the sums, and so the same ``u``, ``v`` and σ.
 
@@ -34,7 +37,7 @@ from .. import backends
 from ..autograd import Computation, attach
 from ..layout import compute_dtype, matrix_shape, output_dtype, without_autocast
 from ..normalization import Results, normalize_layers
-from ..reference import divisor, unit_vectors
+from ..reference import divisor, missed_by, norm_of, restarted, settled, unit_vectors
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -109,7 +112,7 @@ class ShardedUnit:
     def _divided(self, weight: Tensor, wants_grad: bool) -> Tensor:
         dtype, how = output_dtype(weight, self._dtype), (self._settings, self._backend)
         if is_sharded(weight):
-            return _divide_distributed(weight, self._u, self._v, *how).to(dtype)
+            return _divide_distributed(weight, self._sigma[0], self._u, self._v, *how).to(dtype)
         if _is_gathered(weight, self._u, self._settings):
             return _normalize_again(weight, self._u, self._v, *how).to(dtype)
         with torch.no_grad():
@@ -200,6 +203,7 @@ class _Cut:
     __slots__ = (
         "_done",
         "_eps",
+        "_other",
         "_tol",
         "first",
         "group",
@@ -211,6 +215,7 @@ class _Cut:
         "residual",
         "sigma",
         "start",
+        "touched",
         "v_first",
     )
 
@@ -233,19 +238,27 @@ class _Cut:
         self.sigma = first.new_zeros(())
         self.residual = first.new_full((), torch.nan)
         self.iterations = first.new_zeros(())
+        self._other = restarted(start)
+        self.touched = torch.zeros_like(self.sigma)
         self._done = torch.zeros_like(self.sigma, dtype=torch.bool)
 
     def first_products(self) -> Tensor:
-        """Return this rank's part of ``[s, t]`` if it has rows of ``A``, else of ``t``."""
+        """Return this rank's part of ``[s, t]`` if it has rows of ``A``, else of ``t``; and of ``touched``."""
+        starts = torch.stack([self.start, self._other], dim=1)
         if not self.has_rows:
-            return self.matrix @ self.start[self.index]
-        part = self.matrix @ self.start
-        return torch.cat([self.matrix.mT @ part, self._among_zeros(part, self.first)])
+            starts = starts[self.index]
+        part, other = (self.matrix @ starts).unbind(1)
+        touched = (other != 0).any()[None].to(part)
+        if not self.has_rows:
+            return torch.cat([part, touched])
+        return torch.cat([self.matrix.mT @ part, self._among_zeros(part, self.first), touched])
 
     def take_first(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``t/d1``, ``s/d1`` and ``‖t‖``; without rows of ``A`` this rank's part of ``s/d1``."""
-        s, t = total.split([len(total) - len(self.first), len(self.first)])
-        norm = torch.linalg.vector_norm(t)
+        size = len(self.first)
+        s, t, touched = total.split([len(total) - size - 1, size, 1])
+        self.touched = self.touched + touched[0]
+        norm = norm_of(t)
         d1 = norm.clamp_min(self._eps)
         t = t / d1
         s = s / d1 if self.has_rows else self._among_zeros(self.matrix.mT @ t, self.start)
@@ -253,19 +266,17 @@ class _Cut:
 
     def finish(self, t: Tensor, s: Tensor, before: Tensor) -> None:
         """End a step with ``t/d1``, ``s/d1`` and ``‖t‖``, by the rules of the reference."""
-        n = torch.linalg.vector_norm(s)
+        n = norm_of(s)
         d2 = n.clamp_min(self._eps)
         done = self._done
         self.first = torch.where(done, self.first, t)
         self.start = torch.where(done, self.start, s / d2)
-        self.sigma = torch.where(done, self.sigma, n * n / d2)
+        self.sigma = torch.where(done, self.sigma, n * (n / d2))
         self.iterations = self.iterations + ~done
         if self._tol > 0:
-            after = n.double().square()
-            gap = (after - before.double().square()).clamp_min(0)
-            missed = torch.where(gap == 0, 0, gap / after).sqrt().to(n.dtype)
+            missed = missed_by(before, n)
             self.residual = torch.where(done, self.residual, missed)
-            self._done = done | (gap <= self._tol**2 * after)
+            self._done = done | (missed <= self._tol)
 
     def partial_sigma(self) -> Tensor:
         """Return this rank's part of ``σ = uᵀMv``."""
@@ -294,10 +305,9 @@ def _iterate(cuts: Sequence[_Cut]) -> None:
             steps[i] = (steps[i][0], second, steps[i][2])
         for cut, values in zip(active, steps, strict=True):
             cut.finish(*values)
-    for cut, (first, start) in zip(cuts, before, strict=True):
-        found = cut.sigma != 0
-        cut.first = torch.where(found, cut.first, first)
-        cut.start = torch.where(found, cut.start, start)
+    for cut, old in zip(cuts, before, strict=True):
+        found = (cut.first, cut.start)
+        cut.first, cut.start = settled(cut.sigma, cut.touched == 0, old, found)
 
 
 def _evaluate(cuts: Sequence[_Cut]) -> None:
@@ -391,11 +401,12 @@ def _gathered(
 
 
 def _divide_distributed(
-    weight: Any, u: Any, v: Any, settings: Settings, backend: str | None
+    weight: Any, value: Tensor, u: Any, v: Any, settings: Settings, backend: str | None
 ) -> Tensor:
     """Return ``W/σ`` of a ``DTensor``, in the graph and distributed as it is.
 
-    ``σ = ⟨W, uvᵀ⟩``: ``DTensor`` knows how to sum it, and its gradient, over the ranks.
+    ``σ = ⟨W, uvᵀ⟩``: ``DTensor`` knows how to sum it, and its gradient, over the ranks. Its value is
+    ``value``: ``u`` and ``v`` that have restarted are not those that σ was taken with.
     """
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -410,6 +421,8 @@ def _divide_distributed(
     direction = distribute_tensor(rank_one, mesh, weight.placements, src_data_rank=None)
     wide = weight.to(rank_one.dtype)
     sigma = (wide * direction).sum().redistribute(mesh, everywhere)
+    found = DTensor.from_local(value.to(sigma.dtype), mesh, everywhere)
+    sigma = found + (sigma - sigma.detach())
     if settings.detach_sigma[0]:
         sigma = sigma.detach()
     # A number on every rank, whose gradient is still to be summed over them.

@@ -14,6 +14,7 @@ from ..validation import check_weight
 from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .evaluation import in_evaluation
+from .hook import stock_hooks
 from .operator_norm import OperatorNorm
 from .parametrization import StockHook, StockSpectralNorm, default_dim
 
@@ -87,8 +88,7 @@ def _weights(
 
 
 def _hooks(module: Module) -> dict[str, StockHook]:
-    hooks = module._forward_pre_hooks.values()
-    return {hook.name: hook for hook in hooks if isinstance(hook, StockHook)}
+    return {hook.name: hook for hook in stock_hooks(module)}
 
 
 def _tensor_names(module: Module) -> list[str]:

@@ -6,7 +6,9 @@ A builder imports its package itself, since a package may be absent.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import prepare
 import torch
+from parts import part
 from torch import Tensor, nn
 
 __all__ = ["MODELS", "Model"]
@@ -24,6 +26,27 @@ class Model:
     """Whether a forward reads some weights several times, each of which iterates in stock."""
     unused: str | None = None
     """A normalized layer that no forward uses: stock never iterates it, a fused model always."""
+    bypassed: tuple[str, ...] = ()
+    """Layers that have the hook and are never called: another module reads their raw weight."""
+
+
+def audiocraft(lstm: int = 0) -> nn.Module:
+    """The encoder of an audio codec: each convolution with its norm is two modules deep."""
+    seanet = part("audiocraft.modules.seanet")
+    return seanet.SEANetEncoder(
+        dimension=8, n_filters=2, ratios=[4, 2], norm="spectral_norm", lstm=lstm
+    )
+
+
+def basicsr() -> nn.Module:
+    """The discriminator of Real-ESRGAN."""
+    return part("basicsr.archs.discriminator_arch").UNetDiscriminatorSN(3, num_feat=4)
+
+
+def coqui_tts() -> nn.Module:
+    """Both directions of an LSTM have the hook; the convolutions have PyTorch's weight norm."""
+    layers = part("TTS.tts.layers.delightful_tts.conv_layers")
+    return layers.ConvLSTMLinear(6, 2, n_channels=8)
 
 
 def deel_torchlip() -> nn.Module:
@@ -55,11 +78,31 @@ def espnet() -> nn.Module:
     return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)
 
 
-def parallel_wavegan() -> nn.Module:
-    """The same by the package that it comes from, which wants a name where scipy had it until 2024."""
-    import scipy.signal
+def miles_credit() -> nn.Module:
+    """A weather model. Its package normalizes every linear layer of timm's SwinV2.
 
-    scipy.signal.kaiser = scipy.signal.windows.kaiser
+    The attention of SwinV2 reads ``qkv.weight`` and does not call ``qkv``.
+    """
+    fuxi = part("credit.models.fuxi", absent={"credit.postblock.gen1": ("PostBlock",)})
+    return fuxi.Fuxi(
+        image_height=16,
+        image_width=16,
+        patch_height=2,
+        patch_width=2,
+        levels=1,
+        dim=8,
+        channels=2,
+        surface_channels=1,
+        num_groups=2,
+        num_heads=2,
+        depth=2,
+        window_size=2,
+    )
+
+
+def parallel_wavegan() -> nn.Module:
+    """The same by the package that it comes from."""
+    prepare.parallel_wavegan()
     from parallel_wavegan.models import HiFiGANMultiScaleDiscriminator
 
     return HiFiGANMultiScaleDiscriminator(**_HIFIGAN)
@@ -121,6 +164,9 @@ def noise_and_classes() -> tuple[object, ...]:
 
 
 MODELS = {
+    "audiocraft": Model(audiocraft, lambda: (noise(2, 1, 64),), "hook", 16),
+    "basicsr": Model(basicsr, lambda: (noise(2, 3, 16, 16),), "hook", 8),
+    "coqui-tts": Model(coqui_tts, lambda: (noise(3, 6, 10), torch.tensor([10, 7, 9])), "hook", 2),
     "deel-torchlip": Model(deel_torchlip, lambda: (noise(4, 3, 8, 8),), "parametrization", 3),
     "dgmr": Model(
         dgmr,
@@ -131,6 +177,13 @@ MODELS = {
         unused="d_last.conv_1x1",
     ),
     "espnet": Model(espnet, lambda: (noise(2, 1, 256),), "hook", 5),
+    "miles-credit": Model(
+        miles_credit,
+        lambda: (noise(2, 3, 2, 16, 16),),
+        "hook",
+        19,
+        bypassed=tuple(f"u_transformer.layer.blocks.{i}.attn.qkv" for i in range(2)),
+    ),
     "parallel-wavegan": Model(parallel_wavegan, lambda: (noise(2, 1, 256),), "hook", 5),
     "pytorch-pretrained-biggan": Model(pytorch_pretrained_biggan, noise_and_classes, "hook", 54),
     "sngp": Model(sngp, lambda: (noise(8, 6),), "hook", 1),

@@ -22,18 +22,43 @@ class Client:
     """Whether pip may build it in an environment of its own; some set-ups want what is here."""
     native: bool = False
     """Whether something in it was compiled for the build of torch that the registry has."""
+    tests: tuple[str, ...] = ()
+    """Those of its own tests that call a normalized layer and take seconds, in its source distribution."""
 
 
 CLIENTS = {
+    "audiocraft": Client(("audiocraft==1.3.0",)),
+    "basicsr": Client(("basicsr==1.4.2",), isolated=False),  # an isolated build installs torch
+    "coqui-tts": Client(("coqui-tts==0.28.0",)),
     "deel-torchlip": Client(("deel-torchlip==1.0.5",)),
     "dgmr": Client(
         ("dgmr==1.4.4", "pytorch-msssim==1.0.0"),
         ("einops", "huggingface-hub", "pytorch-lightning", "safetensors", "torchvision"),
         native=True,
+        tests=tuple(
+            f"tests/test_model.py::test_{name}"
+            for name in (
+                "dblock",
+                "gblock",
+                "conv_gru_cell",
+                "latent_conditioning_stack",
+                "context_conditioning_stack",
+                "temporal_discriminator",
+            )
+        ),
     ),
     "espnet": Client(("espnet==202511",)),
+    "miles-credit": Client(
+        ("miles-credit==2026.2.0", "timm==1.0.22"),
+        ("huggingface-hub", "pyyaml", "safetensors", "torchvision"),
+        native=True,
+    ),
     "normflows": Client(("normflows==1.7.3",)),
-    "parallel-wavegan": Client(("parallel-wavegan==0.6.1",), isolated=False),  # imports pip
+    "parallel-wavegan": Client(
+        ("parallel-wavegan==0.6.1",),
+        isolated=False,  # its setup imports pip
+        tests=("test/test_hifigan.py::test_hifigan_trainable[dict_g4-dict_d4-dict_loss4]",),
+    ),
     "pytorch-pretrained-biggan": Client(
         ("pytorch-pretrained-biggan==0.1.1",),
         ("boto3", "requests", "tqdm"),

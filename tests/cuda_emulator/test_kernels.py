@@ -26,6 +26,16 @@ from test_numeric import (  # noqa: F401  tests of every backend are collected h
     test_two_forwards_then_backward_of_the_first,
     test_zero_weight,
 )
+from test_vectors import (  # noqa: F401  and these
+    test_a_weight_without_sigma_leaves_the_vectors,
+    test_averaged_vectors_are_rewritten_by_no_rule,
+    test_bad_vectors_restart_and_the_layer_is_normalized,
+    test_evaluation_with_bad_vectors_is_nan,
+    test_large_float32_weights_are_normalized,
+    test_one_bad_vector_of_a_zero_weight_restarts,
+    test_small_weights_leave_good_vectors_for_when_they_have_grown,
+    test_vectors_that_are_orthogonal_to_the_weight_restart,
+)
 
 MAX_LAYERS = 120  # kMaxLayers of csrc/cuda/tables.h
 

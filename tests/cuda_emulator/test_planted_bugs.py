@@ -279,8 +279,8 @@ BUGS = [
     Bug(
         "vectors of a weight within its bound kept",
         "scale.cuh",
-        "!table.update || sigma == 0",
-        "!table.update || is_left_alone(table, sigma)",
+        "const bool keep = !table.update;",
+        "const bool keep = !table.update || is_left_alone(table, sigma);",
         NUMBERS,
     ),
     Bug(

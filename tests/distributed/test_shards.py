@@ -178,6 +178,19 @@ def special_cases():
     for order in ("u_first", "v_first"):
         # σ is zero: the vectors stay, and the weight is passed through.
         both(torch.zeros(5, 3, dtype=wide), unit(5, wide), unit(3, wide), True, order=order)
+        # σ is zero or NaN: vectors that are of no use restart, and others stay.
+        for bad in (0.0, float("nan"), float("inf")):
+            for u, v in ((bad, bad), (bad, 1.0), (1.0, bad)):
+                pair = (u * unit(5, wide), v * unit(3, wide))
+                both(torch.randn(5, 3, dtype=wide), *pair, True, order=order)
+            both(
+                bad * torch.ones(5, 3, dtype=wide), unit(5, wide), unit(3, wide), True, order=order
+            )
+        weight = torch.zeros(5, 3, dtype=wide)
+        weight[4, 2] = 3
+        past = (F.normalize(torch.arange(4.0, -1, -1, dtype=wide), dim=0), unit(3, wide))
+        past[1][2] = 0
+        both(weight, *past, True, order=order)
         # Vectors of an average count as if they were of norm 1.
         both(torch.randn(5, 3, dtype=wide), 0.7 * unit(5, wide), unit(3, wide), False, order=order)
         # Computed as a whole: blocks, complex weights, and 1-D ones.

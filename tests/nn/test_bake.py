@@ -71,7 +71,10 @@ def test_outputs_are_those_of_evaluation(how, kind, training, backend):
 
 
 def test_in_place(backend):
-    net, stock = normalized("both"), normalized("both").eval()
+    net, stock = normalized("both"), normalized("both")
+    for model in (net, stock):
+        model(inputs())
+    stock.eval()
     spectral_ext.fuse(net, backend=backend)
     assert spectral_ext.bake(net, inplace=True) is net
     assert_plain(net, Net())
@@ -80,6 +83,7 @@ def test_in_place(backend):
 
 def test_a_fused_model_is_computed_in_one_call(monkeypatch):
     net = normalized("both")
+    net(inputs())
     group = spectral_ext.fuse(net, backend="reference")
     calls = []
     forward_ = spectral_ext.backends.reference.forward_
@@ -287,6 +291,7 @@ def test_what_it_cannot_take():
 
 def test_an_error_leaves_the_model_as_it_was():
     net = normalized("both")
+    net(inputs())
     spectral_ext.fuse(net)
     net.head.parametrizations.weight[0]._u = torch.ones(3, dtype=torch.float64)
     before, modes = net.state_dict(), [m.training for m in net.modules()]

@@ -257,7 +257,7 @@ def test_the_settings_are_read_from_the_module():
 def test_repr_shows_the_input_size_and_what_is_not_the_default():
     module = normalized("conv2d", scale=0.5, n_power_iterations=2)
     assert "OperatorNorm(input_size=(7, 6), n_power_iterations=2, scale=0.5)" in repr(module)
-    assert "OperatorNorm(input_size=(6,), eps=1e-06, bound=2)" in repr(
+    assert "OperatorNorm(input_size=(6,), eps=1e-06, bound=2.0)" in repr(
         normalized(eps=1e-6, bound=2)
     )
 
@@ -279,7 +279,7 @@ BAD = {
     "size text": (lambda: nn.Conv1d(2, 3, 3), {"input_size": "6"}, TypeError, "weight: input_size"),
     "size bool": (lambda: nn.Conv1d(2, 3, 3), {"input_size": True}, TypeError, "weight: input_size"),
     "small": (lambda: nn.Conv1d(2, 3, 3), {"input_size": 2}, ValueError, "weight: the kernel"),
-    "eps": (lambda: nn.Conv1d(2, 3, 3), {"eps": 0.0}, ValueError, "eps"),
+    "eps": (lambda: nn.Conv1d(2, 3, 3), {"eps": -1.0}, ValueError, "eps"),
     "steps": (lambda: nn.Conv1d(2, 3, 3), {"n_power_iterations": 0}, ValueError, "Conv1d.weight"),
     "scale": (lambda: nn.Conv1d(2, 3, 3), {"scale": 0}, ValueError, "weight: scale must"),
     "scale text": (lambda: nn.Conv1d(2, 3, 3), {"scale": "1"}, TypeError, "weight: scale must"),

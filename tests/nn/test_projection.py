@@ -542,7 +542,7 @@ def test_a_lazy_layer_is_refused():
     ("options", "kind", "message"),
     [
         ({"bound": 0.0}, ValueError, "SpectralProjection: bound must be positive"),
-        ({"bound": None}, ValueError, "bound or scale must be given"),
+        ({"bound": 1.0, "scale": 0.5}, ValueError, "scale=0.5 and bound=1.0 exclude each other"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),
         ({"scale": 2.0, "bound": 2.0}, ValueError, "scale=2.0 and bound=2.0 exclude each other"),
         ({"n_power_iterations": 0}, ValueError, "n_power_iterations=0"),

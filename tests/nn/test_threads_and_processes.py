@@ -131,7 +131,7 @@ def test_workers_of_a_data_loader(start):
         net.zero_grad()
         net.train()
         loader = DataLoader(
-            Scored(net), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=60
+            Scored(net), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=600
         )
         found = list(loader)
     finally:

@@ -13,6 +13,9 @@ have a slot for even iterations and one for odd ones, so that none is written wh
 A share is a multiple of a power of two near the tile's largest ``|t|``, so that no product leaves the
 range of float where stock's do not. Norms are in float64.
 
+Where σ comes out zero or not finite, the program of a layer's first tile alone decides what becomes of u
+and v, by the rules of ``reference.py``. Only then is the weight read once more.
+
 Alternatives: rows that stay in registers between ``t`` and their share are read once from the caches
 too, and what the CUDA kernels do, but the widest rows take half of a register file; ``y`` added up by
 the last program of a layer saves a launch and makes one program do it alone.
@@ -313,11 +316,17 @@ def half_step_kernel(
 
 
 @triton.jit
+def is_usable(square):
+    """Return whether a vector with this square is neither zero nor has it NaN or infinity."""
+    return (square > 0) & (square < float("inf"))
+
+
+@triton.jit
 def find_sigma(facts, sums, A: tl.constexpr):
     """Return σ, and ‖u‖ and ‖v‖ as they were given if these are off 1 by more than rounding, else 1.
 
     σ is ``n·n / max(n, eps)`` of the norm that the last iteration has ended with. Without an update it is
-    ⟨u, t⟩, over the norms that are off.
+    ⟨u, t⟩, over the norms that are off; NaN where a vector is zero or not finite.
     """
     u_norm = tl.full([], 1.0, tl.float64)
     v_norm = tl.full([], 1.0, tl.float64)
@@ -326,8 +335,9 @@ def find_sigma(facts, sums, A: tl.constexpr):
         u_square = total_of(facts, sums, U_SQUARE, ROW_SUMS, ROW_TILES)
         v_square = total_of(facts, sums, V_SQUARE, ROW_SUMS, ROW_TILES)
         square = u_square * v_square
-        has_norms = (square > 0) & (square < float("inf"))
-        if has_norms & (tl.abs(square - 1.0) > number(facts, SLACK)):
+        if not is_usable(square):
+            sigma = tl.full([], float("nan"), tl.float64)
+        elif tl.abs(square - 1.0) > number(facts, SLACK):
             sigma /= tl.sqrt(square)
             u_norm = tl.sqrt(u_square)
             v_norm = tl.sqrt(v_square)
@@ -337,6 +347,67 @@ def find_sigma(facts, sums, A: tl.constexpr):
         n = tl.sqrt(square)
         sigma = n * n / at_least(n, number(facts, EPS))
     return sigma.to(A), u_norm.to(A), v_norm.to(A)
+
+
+@triton.jit
+def start_entries(i, alternating):
+    """Return entries of the vector to restart from, before the division by its norm."""
+    x = 1.0 + (40503 * i % 65536).to(tl.float64) / 65536
+    return tl.where(alternating & (i % 2 == 0), -x, x)
+
+
+@triton.jit
+def is_zero_weight(address, count, T: tl.constexpr):
+    """Return as a number whether a weight of so many elements is zero; stops at one that is not.
+
+    Programs that write an output over its weight write what is there: σ is zero.
+    """
+    result = 1
+    begin = tl.zeros([], tl.int64)
+    while (begin < count) & (result != 0):
+        i = begin + tl.arange(0, 1024)
+        x = tl.load(address.to(tl.pointer_type(T)) + i, mask=i < count, other=0.0).to(tl.float64)
+        result = 1 - tl.max((x != 0).to(tl.int32), axis=0)
+        begin += 1024
+    return result
+
+
+@triton.jit
+def leave_vector(address, stride, count, is_wide, restart, saved, T: tl.constexpr, A: tl.constexpr):
+    """Save u or v as it is, or put the vector to restart from into it and save that."""
+    i = tl.arange(0, 128).to(tl.int64)
+    first = tl.max(load_vector(address, i * 0, is_wide, i < 1, T, A), axis=0)
+    squares = tl.zeros([128], tl.float64)
+    for begin in range(0, count, 128):
+        x = start_entries(begin + i, False)
+        squares += tl.where(begin + i < count, x * x, 0.0)
+    norm = tl.sqrt(tl.sum(squares, axis=0))
+    for begin in range(0, count, 128):
+        exist = begin + i < count
+        place = (begin + i) * stride
+        if restart:
+            x = (start_entries(begin + i, first > 0) / norm).to(A)
+            store_vector(address, place, x, is_wide, exist, T, A)
+        else:
+            x = load_vector(address, place, is_wide, exist, T, A)
+        tl.store(saved + begin + i, x, mask=exist)
+
+
+@triton.jit
+def keep_or_restart(facts, addresses, saved, sigma, T: tl.constexpr, A: tl.constexpr):
+    """The vectors after a forward that found no σ: kept where they are of use and the weight has none."""
+    is_wide = tl.load(facts + WIDE_VECTORS)
+    u_stride, v_stride = tl.load(facts + U_STRIDE), tl.load(facts + V_STRIDE)
+    rows, columns = tl.load(facts + ROWS), tl.load(facts + COLUMNS)
+    u, v = tl.load(addresses + LEFT), tl.load(addresses + RIGHT)
+    u_square = square_of(u, u_stride, rows, is_wide, 0, 1, T, A)
+    v_square = square_of(v, v_stride, columns, is_wide, 0, 1, T, A)
+    restart = ~(is_usable(u_square) & is_usable(v_square))
+    if sigma == 0:
+        restart = restart | (is_zero_weight(tl.load(addresses + WEIGHT), rows * columns, T) == 0)
+    saved_u = saved + tl.load(facts + SAVED)
+    leave_vector(u, u_stride, rows, is_wide, restart, saved_u, T, A)
+    leave_vector(v, v_stride, columns, is_wide, restart, saved_u + rows, T, A)
 
 
 @triton.jit
@@ -385,18 +456,15 @@ def divide_rows(
 
 @triton.jit
 def write_vectors(
-    facts, addresses, orders, vectors, sums, saved, tile, sigma, u_norm, v_norm,
+    facts, addresses, orders, vectors, sums, saved, tile, u_norm, v_norm,
     T: tl.constexpr, A: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The u of a tile of rows and, of n tiles, every n-th part of v: saved, and into their buffers.
-
-    Where σ is zero there is nothing to divide by, and the vectors stay as they were.
-    """
+    """The u of a tile of rows and, of n tiles, every n-th part of v: saved, and into their buffers."""
     rows = tl.load(facts + ROWS)
     columns = tl.load(facts + COLUMNS)
     is_wide = tl.load(facts + WIDE_VECTORS)
     saved_u = saved + tl.load(facts + SAVED)
-    keep = (tl.load(facts + UPDATE) == 0) | (sigma == 0)
+    keep = tl.load(facts + UPDATE) == 0
     if not keep:
         slot = slot_of(tl.load(facts + HALF_STEPS) - 1)
         u_norm = divisor(facts, sums, slot, ROW_SUMS, ROW_TILES).to(A)
@@ -447,6 +515,7 @@ def divide_kernel(
     facts = layers + layer * WIDTH
     addresses = pointers + layer * POINTERS
     sigma, u_norm, v_norm = find_sigma(facts, sums, A)
+    is_lost = (tl.load(facts + UPDATE) != 0) & ((sigma == 0) | ~(tl.abs(sigma) < float("inf")))
     if tile == 0:
         tl.store(sigmas + tl.load(facts + SIGMA), sigma)
         if count > 0:
@@ -461,5 +530,9 @@ def divide_kernel(
             else:
                 divide_rows(facts, addresses, tile, sigma,
                             T, RESULT_T, A, LANES, TILES[K][0], TILES[K][1] // 2, False)  # fmt: skip
-            write_vectors(facts, addresses, orders, vectors, sums, saved, tile, sigma,
-                          u_norm, v_norm, T, A, TILES[K][0], TILES[K][1])  # fmt: skip
+            if is_lost:
+                if tile == 0:
+                    keep_or_restart(facts, addresses, saved, sigma, T, A)
+            else:
+                write_vectors(facts, addresses, orders, vectors, sums, saved, tile,
+                              u_norm, v_norm, T, A, TILES[K][0], TILES[K][1])  # fmt: skip

@@ -1,0 +1,161 @@
+"""The forward pre-hook of a fused layer that came with PyTorch's hook ``torch.nn.utils.spectral_norm``.
+
+PyTorch's hook computes a weight once for each call of its module, before the call, and leaves it there as
+an attribute. Code that reads the attribute gets the weight of the last call, and before the first call the
+raw weight. So does code that reads the weight of a layer whose module is never called: attention reads
+``out_proj.weight`` itself, and the hook of ``out_proj`` never runs.
+
+A fused layer keeps all of this. Its hook takes the weight that the group has computed, or computes the
+layer alone. On entry the group computes the layers whose hooks have run before. A layer whose hook has not
+run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Module, Parameter
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..normalization import is_traced
+from .active import active, hidden_saves, lookup
+from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
+from .parametrization import LastWeight, SpectralNorm, StockHook
+from .sharded import is_sharded
+
+if TYPE_CHECKING:
+    from .group import SpectralGroup
+
+__all__ = ["GroupHook", "leave_groups", "stock_hooks"]
+
+
+class GroupHook(StockHook):
+    """PyTorch's hook, for a weight that is a parametrization and may be computed by a group.
+
+    Code that looks for PyTorch's hook finds it, and ``torch.nn.utils.remove_spectral_norm`` removes it.
+    Copies of a module that share its hooks (``DataParallel``) share what this one knows; the weight of the
+    last call is in the parametrization, of which each copy has its own.
+
+    Args:
+        hook: the hook that it replaces.
+    """
+
+    def __init__(self, hook: StockHook) -> None:
+        super().__init__(hook.name, hook.n_power_iterations, hook.dim, hook.eps)
+        # Whether the module was ever called, as far as this hook knows.
+        self.called = False
+
+    def __call__(self, module: Module, inputs: Any) -> None:
+        """Take the weight in force, or compute the layer alone, and keep it until the next call."""
+        found = self._find(module)
+        if found is None:
+            return  # the parametrization was removed
+        list_, norm = found
+        weight = list_.original
+        if is_dynamo_compiling():
+            is_in_force = norm._visible_weight(weight) is not None
+            normalized = norm(weight)
+            # What compiled code keeps is an output of its graph; so it keeps only what is not in force.
+            norm._last_weight = None if is_in_force else LastWeight(normalized)
+        else:
+            if not self.called:
+                _end_trial(norm, weight)
+            normalized = norm(weight)
+            may_keep = not (is_traced() or is_sharded(weight) or _is_gathered(list_))
+            norm.__dict__["_last_weight"] = LastWeight(normalized) if may_keep else None
+        self.called = True
+
+    def read(self, module: Module) -> Tensor:
+        """Return what an access of the weight gives."""
+        list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
+        weight = list_.original
+        found = _in_force(norm, weight)
+        if found is None or not (self.called or found is weight):
+            last = norm._last_weight
+            if last is not None:
+                found = last.weight
+            else:
+                found = _without_update(norm, weight) if self.called else weight.detach()
+        if len(list_) > 1:
+            for parametrization in list(list_)[1:]:
+                found = parametrization(found)
+        return found
+
+    def assign(self, module: Module, value: Tensor) -> None:
+        """Take a tensor that is assigned to the weight; it stays until the next call."""
+        _, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
+        norm._last_weight = LastWeight(value)
+
+    def remove(self, module: Module) -> None:
+        """Take the norm off and leave the normalized weight as a parameter, as PyTorch's hook does."""
+        list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
+        with torch.no_grad():
+            weight = _without_update(norm, list_.original)
+        leave_groups([norm])
+        take_off(module, self.name)
+        module.register_parameter(self.name, Parameter(weight.detach()))
+
+    def _find(self, module: Module) -> tuple[ParametrizationList, SpectralNorm] | None:
+        """Return the parametrizations of the tensor, and the one that came with this hook."""
+        if is_dynamo_compiling():
+            list_ = module.parametrizations[self.name]  # type: ignore[index, union-attr]
+            return list_, list_[0]
+        list_ = parametrization_lists(module).get(self.name)
+        norm = None if list_ is None else list_._modules.get("0")
+        return (list_, norm) if isinstance(norm, SpectralNorm) else None  # type: ignore[return-value]
+
+
+def stock_hooks(module: Module) -> Iterator[StockHook]:
+    """Yield PyTorch's spectral norm hooks on tensors that are not parametrized."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, StockHook) and not isinstance(hook, GroupHook):
+            yield hook
+
+
+def leave_groups(norms: Iterable[SpectralNorm]) -> None:
+    """Remove layers from their groups; give a model its class back when no layer is left."""
+    groups: dict[SpectralGroup, list[SpectralNorm]] = {}
+    for norm in norms:
+        group = None if norm._group is None else norm._group()
+        if group is not None:
+            groups.setdefault(group, []).append(norm)
+    for group, members in groups.items():
+        group.release(members)
+        root = group.root
+        if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
+            unwrap(root)
+
+
+def _is_gathered(list_: ParametrizationList) -> bool:
+    return bool(list_.__dict__.get("_is_fsdp_managed_module"))
+
+
+def _in_force(norm: SpectralNorm, weight: Tensor) -> Tensor | None:
+    if is_dynamo_compiling():
+        return norm._visible_weight(weight)
+    return lookup(active.record, id(norm), weight)
+
+
+def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
+    """Give a layer the vectors of the forward that it is called in."""
+    record = active.record
+    while record is not None:
+        place = record.index.get(id(norm))
+        if place is not None and record.on_trial and record.weights[place] is weight:
+            vectors = record.on_trial.pop(place, None)
+            if vectors is not None:
+                with torch.no_grad():
+                    for name, vector in zip(("_u", "_v"), vectors, strict=True):
+                        norm._buffers[name].copy_(vector)  # type: ignore[union-attr]
+            return
+        record = record.below
+
+
+def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
+    """Compute a layer alone with the vectors that it has."""
+    if is_dynamo_compiling():
+        return norm._compute(weight, False)[0]
+    with hidden_saves():
+        return norm._compute(weight, False)[0]

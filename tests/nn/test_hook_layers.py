@@ -1,0 +1,549 @@
+"""Layers that came with PyTorch's hook behave as with the hook, once they are fused."""
+
+import copy
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from nets import assert_close
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, remove_spectral_norm, spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
+
+import spectral_ext
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+
+
+@pytest.fixture(autouse=True)
+def double():
+    # A bypassed layer of PyTorch's cannot be converted: its attribute stays what it was.
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Bypassing(nn.Module):
+    """As SwinV2 of timm: the weight of ``qkv`` is read, and ``qkv`` is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.qkv, self.out = (spectral_norm(nn.Linear(6, n)) for n in (6, 6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.linear(self.inp(x).relu(), self.qkv.weight, self.qkv.bias).relu())
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` reads the weight of its ``out_proj``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        for module in list(self.block.modules()):
+            if isinstance(module, nn.Linear):
+                spectral_norm(module)
+        spectral_norm(self.block.self_attn, "in_proj_weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x[None]).sum((0, 2))[:, None]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = spectral_norm(nn.LSTM(6, 6), "weight_hh_l0")
+        self.fc = spectral_norm(nn.Linear(6, 1))
+
+    def infer(self, x: Tensor) -> Tensor:
+        return self.lstm(x[None])[0][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.infer(x))
+
+
+MODELS = {"bypassing": Bypassing, "attention": Attention, "recurrent": Recurrent}
+BYPASSED = {"bypassing": ["qkv"], "attention": ["block.self_attn.out_proj"], "recurrent": []}
+
+
+def pair(cls: type[nn.Module], **settings: object) -> tuple[nn.Module, nn.Module]:
+    """Return a model with hooks, and the same fused."""
+    torch.manual_seed(0)
+    stock = cls()
+    net = copy.deepcopy(stock)
+    spectral_ext.fuse(net, **settings)
+    return stock, net
+
+
+def hooked(net: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    return {
+        f"{name}.{hook.name}": (module, hook.name)
+        for name, module in net.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, StockHook)
+    }
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    """By the hook's names, which the fused model has too."""
+    return {
+        name + end: getattr(module, tensor_name + end).detach().clone()
+        for name, (module, tensor_name) in hooked(net).items()
+        for end in ("_orig", "_u", "_v", "")
+    }
+
+
+def assert_same(net: nn.Module, stock: nn.Module, but: str = " ") -> None:
+    found, expected = tensors(net), tensors(stock)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        if not key.endswith(but):
+            assert_close(found[key], expected[key], key)
+
+
+def inputs(seed: int = 0) -> Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def train(net: nn.Module, steps: int, first: int = 0, run=None) -> list[Tensor]:
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss = (net if run is None else run)(inputs(step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "step", "autograd off first"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_five_steps_have_the_numbers_of_the_hook(kind, how):
+    if kind == "recurrent" and how == "compiled":
+        pytest.skip("torch.compile leaves LSTMs to eager")
+    stock, net = pair(MODELS[kind], update="step" if how == "step" else "forward")
+    before = tensors(stock)
+    if how == "autograd off first":
+        with torch.no_grad():
+            assert_close(net(inputs(9)), stock(inputs(9)))
+    run = torch.compile(net, backend="eager") if how == "compiled" else None
+    for found, expected in zip(train(net, 5, run=run), train(stock, 5), strict=True):
+        assert_close(found, expected)
+    # What compiled code has computed is not kept: an access computes it again.
+    last_weight = tuple(name for name in before if name.endswith("weight") or "hh_l0" in name[-6:])
+    assert_same(net, stock, but=last_weight if how == "compiled" else " ")
+    found = tensors(net)
+    for name in BYPASSED[kind]:
+        for end in ("_orig", "_u", "_v", ""):
+            key = f"{name}.weight{end}"
+            assert torch.equal(found[key], before[key]), key
+        assert net.get_submodule(name).weight_orig.grad is None
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluation_of_a_loaded_checkpoint(kind):
+    trained = MODELS[kind]()
+    train(trained, 10)
+    stock, net = pair(MODELS[kind])
+    for model in (stock, net):
+        model.load_state_dict(trained.state_dict())
+        model.eval()
+    expected = trained.eval()(inputs())
+    assert_close(stock(inputs()), expected)
+    for _ in range(2):
+        assert_close(net(inputs()), expected)
+
+
+def test_compilation_happens_once_more_at_most():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    _, net = pair(Bypassing)
+    counter = CompileCounter()
+    train(net, 5, run=torch.compile(net, backend=counter, fullgraph=True))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    [
+        ("recurrent", lambda net: net.infer(inputs()).sum()),
+        ("recurrent", lambda net: net.lstm(inputs()[None])[0].sum() + net.fc(inputs()).sum()),
+        ("attention", lambda net: net.block(inputs()[None]).sin().sum()),
+        ("attention", lambda net: net.block.linear1(inputs()).sum()),
+        ("bypassing", lambda net: net.qkv(inputs()).sum() + net.qkv(inputs(1)).sum()),
+    ],
+)
+def test_each_call_outside_of_the_forward_makes_one_iteration(kind, run, training):
+    stock, net = pair(MODELS[kind])
+    for model in (stock, net):
+        model.train(training)
+    for _ in range(3):
+        found, expected = run(net), run(stock)
+        assert_close(found, expected)
+        found.backward()
+        expected.backward()
+        assert_same(net, stock)
+    for found, expected in zip(net.parameters(), stock.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            assert_close(found.grad, expected.grad)
+
+
+def test_accesses_iterate_nothing():
+    stock, net = pair(Recurrent)
+    for model in (stock, net):
+        for _ in range(3):
+            _ = model.fc.weight, model.lstm.weight_hh_l0
+        model(inputs())
+        for _ in range(3):
+            _ = model.fc.weight.norm(), model.lstm.weight_hh_l0
+    assert_same(net, stock)
+    assert net.fc.weight is net.fc.weight
+    assert_close(net(inputs()), stock(inputs()))
+
+
+def test_a_penalty_on_the_weight_after_the_forward_is_in_its_graph():
+    stock, net = pair(Recurrent)
+    for model in (stock, net):
+        for step in range(2):
+            output = model(inputs(step))
+            (output.sum() + model.fc.weight.pow(3).sum() + model.lstm.weight_hh_l0.cos().sum()).backward()
+    for found, expected in zip(net.parameters(), stock.parameters(), strict=True):
+        assert_close(found.grad, expected.grad)
+
+
+def test_pre_hooks_of_the_model_see_the_weight_of_the_last_call():
+    stock, net = pair(Recurrent)
+    seen = {}
+    for model in (stock, net):
+        seen[model] = []
+        model.register_forward_pre_hook(
+            lambda m, _, model=model: seen[model].append(m.fc.weight.detach().clone())
+        )
+    train(net, 3)
+    train(stock, 3)
+    for found, expected in zip(seen[net], seen[stock], strict=True):
+        assert_close(found, expected)
+
+
+def test_before_the_first_call_an_access_gives_the_raw_weight():
+    results = []
+    for order in ("stock", "init, fuse", "fuse, init"):
+        torch.manual_seed(0)
+        net = nn.Sequential(spectral_norm(nn.Linear(4, 5)), spectral_norm(nn.Linear(5, 1)))
+        if order == "fuse, init":
+            spectral_ext.fuse(net)
+        for layer in net:
+            nn.init.constant_(layer.weight, 0.5)
+            layer.weight.data[0, 0] = 2.0
+            assert not layer.weight.requires_grad
+        if order == "init, fuse":
+            spectral_ext.fuse(net)
+        results.append(net(torch.ones(1, 4)))
+        assert net[0].weight_orig[0, 0] == 2
+    for found in results[1:]:
+        assert_close(found, results[0])
+
+
+def test_an_assigned_weight_stays_until_the_next_call():
+    stock, net = pair(Recurrent)
+    for model in (stock, net):
+        model(inputs())
+        model.fc.weight = torch.ones(1, 6)
+        assert torch.equal(model.fc.weight, torch.ones(1, 6))
+        model.fc(inputs())
+    assert_same(net, stock)
+    with pytest.raises(KeyError, match="weight"):
+        net.fc.weight = nn.Parameter(torch.ones(1, 6))
+
+
+def test_code_that_looks_for_the_hook_finds_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(spectral_norm(nn.Linear(4, 5), n_power_iterations=2, eps=1e-6), nn.Tanh())
+    layer, events = net[0], []
+    layer.register_forward_pre_hook(lambda *_: events.append("mine"))
+    (key, stock), mine = layer._forward_pre_hooks.items()
+    spectral_ext.fuse(net)
+    (found_key, hook), found_mine = layer._forward_pre_hooks.items()
+    assert isinstance(hook, StockHook)
+    assert (found_key, found_mine) == (key, mine)
+    for setting in ("name", "n_power_iterations", "dim", "eps"):
+        assert getattr(hook, setting) == getattr(stock, setting)
+    list_ = layer.parametrizations.weight
+    assert layer.weight_orig is list_.original
+    assert layer.weight_u is list_[0]._u
+    assert layer.weight_v is list_[0]._v
+    with pytest.raises(RuntimeError, match="two spectral_norm hooks on the same parameter weight"):
+        spectral_norm(layer)
+    with pytest.raises(RuntimeError, match="normalizes this parameter already"):
+        spectral_ext.spectral_norm(layer, order="v_first")
+    assert [k for k in net.state_dict() if "weight" in k] == [
+        f"0.parametrizations.weight.{end}" for end in ("original", "0._u", "0._v")
+    ]
+    net(torch.ones(1, 4))
+    assert events == ["mine"]
+    spectral_ext.unfuse(net)
+    (found_key, hook), found_mine = layer._forward_pre_hooks.items()
+    assert type(hook) is StockHook
+    assert (found_key, found_mine) == (key, mine)
+    assert not hasattr(type(layer), "weight_orig")
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_remove_spectral_norm(runs):
+    stock, net = pair(Recurrent)
+    group = spectral_ext.group_of(net)
+    for _ in range(runs):
+        assert_close(net(inputs()), stock(inputs()))
+    for name, tensor_name in (("fc", "weight"), ("lstm", "weight_hh_l0")):
+        for model in (stock, net):
+            module = model.get_submodule(name)
+            assert remove_spectral_norm(module, tensor_name) is module
+            assert not hasattr(module, f"{tensor_name}_orig")
+            assert not hasattr(module, "parametrizations")
+            with pytest.raises(ValueError, match=f"spectral_norm of '{tensor_name}' not found"):
+                remove_spectral_norm(module, tensor_name)
+        assert_close(
+            getattr(net.get_submodule(name), tensor_name),
+            getattr(stock.get_submodule(name), tensor_name),
+        )
+    assert type(net) is Recurrent
+    assert group.layers == ()
+    assert [name for name, _ in net.named_parameters()] == [n for n, _ in stock.named_parameters()]
+    assert_close(net(inputs()), stock(inputs()))
+
+
+def test_a_forward_that_raises_makes_no_layer_a_bypassed_one():
+    stock, net = pair(Recurrent)
+    group = spectral_ext.group_of(net)
+    for model in (stock, net):
+        handle = model.fc.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                model(inputs())
+        handle.remove()
+    # The forward has computed the layers, and the hook of the last one has not run.
+    assert torch.equal(net.fc.weight_u, stock.fc.weight_u)
+    assert len(group.layers) == 2
+    train(net, 3)
+    train(stock, 3)
+    assert_same(net, stock)
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_layer_that_is_called_late(update):
+    class Late(Bypassing):
+        def forward(self, x):
+            return super().forward(x) if x[0, 0] < 9 else self.out(self.qkv(self.inp(x)))
+
+    stock, net = pair(Late, update=update)
+    group = spectral_ext.group_of(net)
+    special = inputs(3).clone()
+    special[0, 0] = 10
+    for x, n_layers in ((inputs(1), 2), (inputs(2), 2), (special, 3), (special, 3), (special, 3)):
+        for model in (stock, net):
+            with torch.no_grad():
+                model.inp.weight_orig.mul_(1.01)  # a step
+        assert_close(net(x), stock(x))
+        assert len(group.layers) == len(group.sigmas) == n_layers
+        assert_same(net, stock)
+
+
+def test_what_the_group_tells_of_a_bypassed_layer():
+    _, net = pair(Bypassing)
+    group = spectral_ext.group_of(net)
+    names = ["inp.weight", "qkv.weight", "out.weight"]
+    assert [layer.qualified_name for layer in group.layers] == names
+    assert group.sigmas.shape == (3,)
+    net(inputs())
+    names.remove("qkv.weight")
+    for _ in range(2):
+        assert [layer.qualified_name for layer in group.layers] == names
+        assert group.sigmas.shape == group.iterations.shape == (2,)
+        for sigma, layer in zip(group.sigmas, (net.inp, net.out), strict=True):
+            assert_close(sigma, layer.weight_u @ layer.weight_orig @ layer.weight_v)
+        assert "qkv" not in repr(group)
+        report = spectral_ext.report(net)
+        assert [row.name for row in report.rows] == names
+        assert report.skipped["qkv.weight"].startswith("another module reads it")
+        with pytest.raises(KeyError, match="'qkv' names 0 layers"):
+            group.sigma_of("qkv")
+        net(inputs())
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "save": lambda net: (
+        lambda file: (torch.save(net, file), file.seek(0), torch.load(file, weights_only=False))[2]
+    )(io.BytesIO()),
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("runs", [0, 2])
+def test_copies_have_the_same_rules(kind, how, runs):
+    stock, net = pair(MODELS[kind])
+    train(net, runs)
+    train(stock, runs)
+    copied = COPIES[how](net)
+    size = len(pickle.dumps(net))
+    for _ in range(2):
+        assert_same(copied, net, but="weight" if runs else " ")
+        assert_close(copied(inputs(7)), stock(inputs(7)))
+        if how != "copy":  # which shares all tensors
+            assert_close(net(inputs(7)), stock.eval()(inputs(7)) if 0 else copied.eval()(inputs(7)))
+            break
+        net = copied
+    assert len(pickle.dumps(copied)) < 1.2 * size + 2000
+
+
+def test_replicas_of_data_parallel():
+    stock, net = pair(Bypassing)
+    for step in range(3):
+        replica = net._replicate_for_data_parallel()
+        for name in ("inp", "qkv", "out"):
+            layer = getattr(net, name)
+            list_ = layer.parametrizations.weight
+            copies = [m._replicate_for_data_parallel() for m in (layer, layer.parametrizations, list_)]
+            norm = list_[0]._replicate_for_data_parallel()
+            norm._buffers = dict(list_[0]._buffers)
+            copies[2]._modules["0"] = norm
+            copies[2].__dict__["original"] = list_.original.clone()
+            copies[1]._modules["weight"] = copies[2]
+            copies[0]._modules["parametrizations"] = copies[1]
+            copies[0].bias = layer.bias.clone()
+            replica._modules[name] = copies[0]
+        assert_close(replica(inputs(step)), stock(inputs(step)))
+    assert_same(net, stock, but="weight")
+
+
+def test_functional_call():
+    stock, net = pair(Bypassing)
+    for model, prefix in ((stock, "weight_orig"), (net, "parametrizations.weight.original")):
+        model(inputs())
+        changed = {f"inp.{prefix}": torch.eye(6, requires_grad=True)}
+        model.result = torch.func.functional_call(model, changed, inputs())
+    assert_close(net.result, stock.result)
+    del net.result, stock.result
+    assert_close(net(inputs()), stock(inputs()))
+
+
+def test_what_was_kept_is_freed_before_the_group_computes(monkeypatch):
+    _, net = pair(Recurrent)
+    group = spectral_ext.group_of(net)
+    net(inputs()).sum().backward()
+    gone = [weakref.ref(net.fc.weight), weakref.ref(net.lstm.weight_hh_l0)]
+    net.lstm._flat_weights = []
+    alive = []
+    normalize = type(group)._normalize_at_once
+    monkeypatch.setattr(
+        type(group),
+        "_normalize_at_once",
+        lambda *a: (alive.append([r() is not None for r in gone]), normalize(*a))[1],
+    )
+    net(inputs())
+    assert alive == [[False, False]]
+
+
+def test_unfuse_leaves_the_weight_that_the_hook_would_have_left():
+    stock, net = pair(Bypassing)
+    for model in (stock, net):
+        model(inputs())
+        with torch.no_grad():
+            model.inp.weight_orig.mul_(2)
+    spectral_ext.unfuse(net)
+    assert_same(net, stock)
+    assert net.qkv.weight.data_ptr() == net.qkv.weight_orig.data_ptr()
+    spectral_ext.fuse(net)
+    assert_same(net, stock)  # the weight of the last call is taken over
+    train(net, 2)
+    train(stock, 2)
+    assert_same(net, stock)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_bake_of_a_model_that_was_run(kind, fused):
+    stock, net = pair(MODELS[kind])
+    train(stock, 3)
+    train(net, 3)
+    baked = spectral_ext.bake(net if fused else stock)
+    assert_close(baked.eval()(inputs()), stock.eval()(inputs()))
+    for name in BYPASSED[kind]:
+        assert torch.equal(baked.get_submodule(name).weight, stock.get_submodule(name).weight_orig)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bake_of_a_model_that_was_loaded(fused):
+    trained = Attention()
+    train(trained, 20)
+    net = Attention()
+    net.load_state_dict(trained.state_dict())
+    if fused:
+        spectral_ext.fuse(net)
+    baked = spectral_ext.bake(net)  # without a warning
+    assert_close(baked.eval()(inputs()), trained.eval()(inputs()))
+
+    trained = Bypassing()
+    train(trained, 20)
+    net = Bypassing()
+    net.load_state_dict(trained.state_dict())
+    if fused:
+        spectral_ext.fuse(net)
+    with pytest.warns(UserWarning, match=r"^qkv\.weight: the layer was never called") as caught:
+        spectral_ext.bake(net)
+    assert len(caught) == 1
+
+
+def test_bake_does_not_take_one_model_for_another():
+    """The discriminator was run, the generator was not: that says nothing of its layers."""
+    torch.manual_seed(0)
+    gan = nn.ModuleDict({name: nn.Sequential(*(nn.Linear(3, 3) for _ in "ab")) for name in "GD"})
+    for layer in (*gan["G"], *gan["D"]):
+        spectral_norm(layer)
+        for _ in range(2):
+            layer(torch.ones(1, 3))
+    fresh = copy.deepcopy({k: v.detach() for k, v in gan.state_dict().items()})
+    again = nn.ModuleDict({name: nn.Sequential(*(nn.Linear(3, 3) for _ in "ab")) for name in "GD"})
+    for layer in (*again["G"], *again["D"]):
+        spectral_norm(layer)
+    again.load_state_dict(fresh)
+    again.eval()["D"](torch.ones(1, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        baked = spectral_ext.bake(again)
+    assert_close(baked["G"](torch.ones(1, 3)), gan.eval()["G"](torch.ones(1, 3)))
+
+
+def test_parametrizations_iterate_as_before():
+    """Each access in training, as in PyTorch; the rules of the hook are for layers that had it."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 3)))
+    net = copy.deepcopy(stock)
+    spectral_ext.fuse(net)
+    for model in (stock, net):
+        for _ in range(2):
+            _ = model[0].weight
+    assert_close(net[0].weight, stock[0].weight)
+
+
+def test_a_parametrization_on_top_is_applied_to_what_the_hook_gives():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    stock, net = pair(Recurrent)
+    nn.utils.parametrize.register_parametrization(net.fc, "weight", Double(), unsafe=True)
+    x = inputs()
+    expected = 2 * (stock(x) - stock.fc.bias) + stock.fc.bias
+    assert_close(net(x), expected)
