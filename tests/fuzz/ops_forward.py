@@ -125,7 +125,7 @@ def backward_of_kept_loss(side: Side, retain: bool) -> None:
 
 def versions(twin: Side) -> list[tuple[int, int]]:
     """Return what stock's graphs hold: weights, and the vectors of hooks outside of a group."""
-    of_hooks = [norm.vectors for norm in twin.norms() if type(norm.norm) is StockHook]
+    of_hooks = [n.vectors for n in twin.norms() if n.is_hook and type(n.norm) is StockHook]
     tensors = [*twin.model.parameters(), *(vector for pair in of_hooks for vector in pair)]
     return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 

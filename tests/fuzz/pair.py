@@ -73,18 +73,18 @@ class TwinSide(Side):
         taken = {id(norm.norm) for norm in members}
         for group in self.groups:
             if group.root is root:
-                group.leave()
+                group.root.__dict__.pop("forward", None)
         self.groups = [group for group in self.groups if group.root is not root]
         for group in self.groups:
             group.ids -= taken
             if not group.members():
-                group.leave()
+                group.root.__dict__.pop("forward", None)
         self.groups = [group for group in self.groups if group.members()]
         self.groups.append(TwinGroup(root, members, update))
 
     def unfuse(self) -> None:
         for group in self.groups:
-            group.leave()
+            group.root.__dict__.pop("forward", None)
         self.groups = []
 
     def has_changed(self) -> None:
