@@ -147,11 +147,13 @@ class SpectralGroup:
             raise FloatingPointError(
                 f"the spectral norm was not finite since the last check: {', '.join(names)}"
             )
-        sigmas = [] if last.sigmas is None else last.sigmas.tolist()
+        layers = self.layers
+        sigmas = self._last.sigmas(layers)
+        zero = [] if sigmas is None else (sigmas == 0).tolist()
         names = [
             layer.qualified_name
-            for layer, unit in zip(plan.layers, plan.unit_of_layer, strict=True)
-            if sigmas and sigmas[unit] == 0 and not layer.parametrization.finds_sigma(layer.weight)
+            for layer, is_zero in zip(layers, zero, strict=False)
+            if is_zero and not layer.parametrization.finds_sigma(layer.weight)
         ]
         if names:
             raise FloatingPointError(
