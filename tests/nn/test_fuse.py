@@ -544,7 +544,7 @@ def test_a_model_that_is_fused_again_enters_its_group_once(root, backend):
             net.register_parameter("own", nn.Parameter(torch.ones(3, 3, dtype=torch.float64)))
             STOCK["u_first"](net, "own")
     stock.load_state_dict(fused.state_dict())
-    for _ in range(3):
+    for _ in range(2):
         spectral_ext.fuse(fused, backend=backend)
     for net in (fused, stock):
         net(inputs())
