@@ -256,6 +256,8 @@ def remove_norm(side: Side, layer: str) -> None:
     norm.module.eval()
     if side.pair.twin.norm(layer).is_hook if not side.is_twin else norm.is_hook:
         remove_spectral_norm(norm.module, norm.tensor)
+        if side.is_twin:  # stock leaves a hook there that asks checkpoints for the old keys
+            norm.module._load_state_dict_pre_hooks.clear()
     else:
         parametrize.remove_parametrizations(norm.module, norm.tensor)
     norm.module.train(mode)
