@@ -139,6 +139,9 @@ class Pair:
         except Skip:
             self.script.pop()
             raise
+        for group in self.twin.groups:
+            for norm in group.members():
+                group.refresh(norm)
         if results:
             close(*results, f"result of {operation.__name__}", self.tolerance)
         self.compare()

@@ -230,6 +230,7 @@ class TwinGroup:
                 norm.norm.quiet = True
             else:
                 norm.norm.first = update
+                self.refresh(norm)
             return
         before = norm.norm.training
         norm.norm.training = update
@@ -239,6 +240,15 @@ class TwinGroup:
                 getattr(norm.module, norm.tensor)
         finally:
             norm.norm.training = before
+
+    @staticmethod
+    def refresh(norm: Norm) -> None:
+        """Let a weight that no call has computed be the raw one.
+
+        In stock it is the memory that the raw weight had at first, whatever became of it.
+        """
+        if norm.is_hook and not norm.norm.called:
+            setattr(norm.module, norm.tensor, norm.weight.detach())
 
     def iterate(self) -> None:
         """Do what ``SpectralGroup.iterate`` does: one update of all layers, in any mode.
