@@ -8,7 +8,7 @@ This file is the only place that knows in which ways a fused model is meant to d
   Layers that the forward does not use advance as well.
 - With ``update="step"`` a training forward advances ``u`` and ``v`` only if something has changed since
   the last one, or a forward in evaluation was in between; with ``"manual"`` none does. After a capture
-  every training forward computes. ``TwinGroup.advances`` and ``note`` decide it.
+  every training forward computes, and the one after the first call of a hook does. ``TwinGroup.advances`` and ``note`` decide it.
 - A layer whose hook was never called is computed by its first call. One that is never called, because
   another module reads its weight, keeps the raw weight, as in stock.
 - Layers outside of a group, and all accesses outside of a root's forward, are stock's own.
@@ -216,7 +216,8 @@ class TwinGroup:
         """Note what a forward has computed: one in evaluation keeps nothing, nor a captured one."""
         if any(map(is_transformed, (norm.weight for norm in members))):
             return
-        if self.was_captured or not any(norm.training for norm in members):
+        first_call = any(norm.is_hook and not norm.norm.called for norm in members)
+        if self.was_captured or first_call or not any(norm.training for norm in members):
             self.kept = None
         elif any(advance) or self.kept is None or self.kept_state != self.state(members):
             self.kept = advance
