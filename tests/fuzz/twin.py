@@ -8,7 +8,7 @@ This file is the only place that knows in which ways a fused model is meant to d
   Layers that the forward does not use advance as well.
 - With ``update="step"`` a training forward advances ``u`` and ``v`` only if something has changed since
   the last one, or a forward in evaluation was in between; with ``"manual"`` none does. After a capture
-  every training forward computes, and the one after the first call of a hook does. ``TwinGroup.advances`` and ``note`` decide it.
+  every training forward computes. ``TwinGroup.advances`` and ``note`` decide it.
 - A layer whose hook was never called is computed by its first call. One that is never called, because
   another module reads its weight, keeps the raw weight, as in stock.
 - Layers outside of a group, and all accesses outside of a root's forward, are stock's own.
@@ -145,7 +145,7 @@ class TwinGroup:
         self.objects = [norm.norm for norm in members]  # so that an id stays theirs
         self.kept: list[bool] | None = None
         self.kept_state: list[tuple[int, int]] = []
-        self.was_captured = False
+        self.was_captured = self.has_run = False
         # σ of each layer in the last forward and in the one before, which an interrupt may leave.
         self.sigmas: dict[str, float] = {}
         self.sigmas_before: dict[str, float] = {}
@@ -205,6 +205,11 @@ class TwinGroup:
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
             try:
                 yield
+                self.first_calls(members)
+                self.has_run = True
+            except BaseException:
+                self.first_calls(members)
+                raise
             finally:
                 for norm in members:
                     if norm.is_hook:
@@ -216,8 +221,7 @@ class TwinGroup:
         """Note what a forward has computed: one in evaluation keeps nothing, nor a captured one."""
         if any(map(is_transformed, (norm.weight for norm in members))):
             return
-        first_call = any(norm.is_hook and not norm.norm.called for norm in members)
-        if self.was_captured or first_call or not any(norm.training for norm in members):
+        if self.was_captured or not any(norm.training for norm in members):
             self.kept = None
         elif any(advance) or self.kept is None or self.kept_state != self.state(members):
             self.kept = advance
@@ -241,6 +245,13 @@ class TwinGroup:
                 getattr(norm.module, norm.tensor)
         finally:
             norm.norm.training = before
+
+    def first_calls(self, members: list[Norm]) -> None:
+        """Note what first calls of hooks have done; a layer that waits for its one is computed again."""
+        if self.kept is not None:
+            waits = any(norm.is_hook and not norm.norm.called for norm in members)
+            self.kept = None if waits and not self.has_run else self.kept
+            self.kept_state = self.state(members)
 
     @staticmethod
     def refresh(norm: Norm) -> None:
