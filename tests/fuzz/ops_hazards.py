@@ -108,8 +108,8 @@ def is_ours(pair: Pair, layer: str) -> bool:
 
 def check_the_norm(pair: Pair, layer: str, what: str) -> None:
     """After many forwards a layer must be normalized: compare with its exact singular values."""
-    mode = pair.fused.model.training
     model = pair.fused.model
+    modes = {module: module.training for module in model.modules()}
     model.train()
     for _ in range(60):
         if pair.update == "manual" and pair.is_fused:
@@ -124,13 +124,13 @@ def check_the_norm(pair: Pair, layer: str, what: str) -> None:
     exact = torch.linalg.matrix_norm(matrix, 2).item()
     ratio = norm.sigma() / exact
     assert abs(ratio - 1) < 0.05, f"{what}: σ of {layer} is {ratio:.3f} of the exact one"
-    model.train(mode)
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def restart(pair: Pair, layer: str, bad: float) -> None:
     """Give a layer a bad weight and a good one again; stock cannot recover, so the twin follows."""
     sides = pair.sides
-    modes = [m.training for m in pair.fused.model.modules()]
     for side in sides:
         side.model.zero_grad()
         side.forget()
@@ -141,8 +141,6 @@ def restart(pair: Pair, layer: str, bad: float) -> None:
         pair.fused.model(inputs(0))
         weight.copy_(good)
     check_the_norm(pair, layer, f"after a weight of {bad}")
-    for module, mode in zip(pair.fused.model.modules(), modes, strict=True):
-        module.training = mode
     pair.adopt_vectors()
 
 

@@ -48,8 +48,11 @@ def vectors_stay(is_bad: Callable[[torch.Tensor], bool]) -> None:
     parametrization.SpectralNorm.mend_vectors = lambda self, weight: None
     module("plan").Plan.prepared = lambda self, backend: None
     real = parametrization.normalize_layers
+    is_traced = sys.modules["spectral_ext.normalization"].is_traced
 
     def normalize(weights: Any, us: Any, vs: Any, *rest: Any) -> Any:
+        if is_traced():
+            return real(weights, us, vs, *rest)
         pairs = [(u, v) for u, v in zip(us, vs, strict=True) if u is not None]
         bad = [(pair, [x.clone() for x in pair]) for pair in pairs if any(map(is_bad, pair))]
         results = real(weights, us, vs, *rest)
