@@ -62,6 +62,7 @@ def interrupt_in_the_forward(pair: Pair, after: int, seed: int) -> None:
     # Some layers have advanced and others not.
     pair.twin.model(inputs(seed))
     pair.adopt_vectors()
+    pair.renew()
 
 
 @operation(of_the_pair=True, seed=SEED)
@@ -73,6 +74,7 @@ def dry_run(pair: Pair, seed: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = pair.fused.model(inputs(seed))
     assert tuple(y.shape) == tuple(inputs(seed).shape)
+    pair.renew()
 
 
 @operation(of_the_pair=True, seed=SEED)
@@ -142,6 +144,7 @@ def restart(pair: Pair, layer: str, bad: float) -> None:
         weight.copy_(good)
     check_the_norm(pair, layer, f"after a weight of {bad}")
     pair.adopt_vectors()
+    pair.renew()
 
 
 @operation(of_the_pair=True, layer="layer", bad=st.sampled_from([0.0, 1e-20, 1e23, float("nan")]))
@@ -170,6 +173,7 @@ def norm_on_a_bad_weight(pair: Pair, layer: str, bad: float) -> None:
         side.forget()
     check_the_norm(pair, layer, f"the norm was put on a weight of {bad}")
     pair.adopt_vectors()
+    pair.renew()
 
 
 @operation(of_the_pair=True, vectors=st.sampled_from([0.0, float("nan"), 3e38]), layer="layer")
@@ -184,6 +188,7 @@ def bad_vectors(pair: Pair, layer: str, vectors: float) -> None:
         side.forget()
     check_the_norm(pair, layer, f"u and v were {vectors}")
     pair.adopt_vectors()
+    pair.renew()
 
 
 @operation(of_the_pair=True, buffers=BOOL, seed=SEED)

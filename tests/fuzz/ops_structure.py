@@ -103,6 +103,7 @@ def load_weights_alone(pair: Pair, seed: int) -> None:
                 state[name] = noise
         side.model.load_state_dict(state, strict=False)
     pair.adopt_vectors()
+    pair.renew()
 
 
 @operation(of_the_pair=True, how=st.sampled_from(["deepcopy", "pickle", "torch.save"]))
@@ -162,6 +163,7 @@ def round_trip(pair: Pair, dtype: torch.dtype, tolerance: float, run: Callable[.
         side.model.zero_grad()
         side.forget()
     pair.adopt_vectors()
+    pair.renew()
     close(*outputs, f"output in {dtype}", tolerance)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from family import BlockSpec, build
+from family import BlockSpec, build, inputs
 from registry import Skip
 from torch import Tensor, nn
 from twin import Norm, TwinGroup, norms
@@ -212,6 +212,12 @@ class Pair:
                     b.copy_(a)
         self.twin.has_changed()
         self.invalidate()
+
+    def renew(self) -> None:
+        """Run a forward, after which the hooks of both have kept weights of the same vectors."""
+        with torch.no_grad():
+            outputs = [side.model(inputs(0)) for side in self.sides]
+        close(*outputs, "output of the next forward", self.tolerance)
 
     def follow_a_forward(self, x: Tensor) -> None:
         """Run a forward of which it is left open whether it advances the vectors.
