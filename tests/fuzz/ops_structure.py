@@ -60,6 +60,8 @@ def load(side: Side, assign: bool, strict: bool) -> Any:
 @operation(of_the_pair=True, seed=SEED)
 def load_the_checkpoint_of_stock(pair: Pair, seed: int) -> None:
     """Hook layers write the hook's keys, the others those of the parametrization."""
+    for side in pair.sides:
+        side.forget()
     scramble(pair.fused.model, seed)
     pair.fused.model.load_state_dict(snapshot(pair.twin.model))
     pair.twin.has_changed()
@@ -76,6 +78,8 @@ def load_into_stock(pair: Pair, seed: int) -> None:
     state = spectral_ext.stock_state_dict(pair.fused.model, layout=next(iter(layouts.values())))
     state_of_the_twin = pair.twin.model.state_dict()
     assert set(state) == set(state_of_the_twin), set(state) ^ set(state_of_the_twin)
+    for side in pair.sides:
+        side.forget()
     scramble(pair.twin.model, seed)
     pair.twin.model.load_state_dict(snapshot_of(state))
     pair.twin.has_changed()
