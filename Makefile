@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?= -n 2 --dist loadgroup
+MINUTES ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +43,11 @@ $(GROUPS:%=test-%): test-%: $(VENV)/installed  ## the tests of one folder
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/$*
 
 test-clients: $(VENV)/clients.json
+
+fuzz: $(VENV)/installed  ## compare fused models with PyTorch's through random operations (MINUTES=30, FUZZ_ARGS="--seed 1")
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(FUZZ_ARGS)
+	test ! -e tests/fuzz/malformed_calls.py || \
+	  $(BIN)/python tests/fuzz/malformed_calls.py --minutes $$(awk 'BEGIN { print $(MINUTES) / 10 }')
 
 bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit ("--at-most 1.03" fails if slower)
 	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\

@@ -169,7 +169,8 @@ def fuse(
         check_backend(backend, found.weight)
     # The classes, made before anything changes; that of the model stays in a cache.
     classes = {found.module: class_for_parametrizations(found.module) for found in chosen}
-    of_model = fused_class(own_class_of(model))
+    # A model that is fused already loses its class when its last layer leaves the old group.
+    of_model = fused_class(next(c for c in own_class_of(model).__mro__ if not is_fused(c)))
     for module in {model, *classes}:
         _refuse_super_of_class(module)
     _warn_of_order(chosen)

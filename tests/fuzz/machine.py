@@ -25,13 +25,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pair import Pair
 from registry import OPERATIONS, SEED, UPDATES, Operation, Skip, specs
 
-__all__ = ["COUNTS", "LEAVE_OUT", "machine"]
+__all__ = ["COUNTS", "FAILED", "LEAVE_OUT", "machine"]
 
 MODULES = [ops_forward, ops_training, ops_structure, ops_hazards]
 COUNTS: Counter[str] = Counter()
 """How often each operation ran."""
 LEAVE_OUT = [name for name in os.environ.get("FUZZ_LEAVE_OUT", "").split(",") if name]
 """Operations, kinds of norms and of blocks that are not drawn."""
+FAILED: list[str] = []
+"""The steps that failed, of the last one last."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -55,6 +57,7 @@ class Machine(RuleBasedStateMachine):
         except Skip:
             return
         except Exception:
+            FAILED.append(self.pair.script[-1])
             note("\n".join(["\nThe same as a script:\nfrom script import *", *self.pair.script]))
             raise
         COUNTS[operation.function.__name__] += 1
@@ -92,6 +95,7 @@ def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
         try:
             self.pair = Pair(root, blocks, update, seed)
         except Exception:
+            FAILED.append("Pair(...)")
             note(f"from script import *\nPair({root!r}, {blocks}, {update!r}, {seed})")
             raise
         COUNTS["build"] += 1

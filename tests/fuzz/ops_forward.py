@@ -125,7 +125,7 @@ def backward_of_kept_loss(side: Side, retain: bool) -> None:
 
 def versions(twin: Side) -> list[tuple[int, int]]:
     """Return what stock's graphs hold: weights, and the vectors of hooks outside of a group."""
-    of_hooks = [norm.vectors for norm in twin.norms() if type(norm.norm) is StockHook]
+    of_hooks = [n.vectors for n in twin.norms() if n.is_hook and type(n.norm) is StockHook]
     tensors = [*twin.model.parameters(), *(vector for pair in of_hooks for vector in pair)]
     return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
@@ -156,6 +156,7 @@ def func_grad(side: Side, seed: int) -> Any:
 def checkpointed(side: Side, times: int, whole: bool, reentrant: bool, seed: int) -> list[Tensor]:
     """Unrolled, as a recurrent cell; the twin, without checkpoints, has the right gradient."""
     skip_unless(whole or hasattr(side.model, "checkpointing"))
+    skip_unless(side.pair.all_are_in_groups())  # stock's layers advance in a recomputation
     x = h = inputs(seed).requires_grad_()
     if not whole and not side.is_twin:
         side.model.checkpointing = "reentrant" if reentrant else "not reentrant"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from family import BlockSpec, build
+from family import BlockSpec, build, inputs
 from registry import Skip
 from torch import Tensor, nn
 from twin import Norm, TwinGroup, norms
@@ -73,18 +73,18 @@ class TwinSide(Side):
         taken = {id(norm.norm) for norm in members}
         for group in self.groups:
             if group.root is root:
-                group.leave()
+                group.root.__dict__.pop("forward", None)
         self.groups = [group for group in self.groups if group.root is not root]
         for group in self.groups:
             group.ids -= taken
             if not group.members():
-                group.leave()
+                group.root.__dict__.pop("forward", None)
         self.groups = [group for group in self.groups if group.members()]
         self.groups.append(TwinGroup(root, members, update))
 
     def unfuse(self) -> None:
         for group in self.groups:
-            group.leave()
+            group.root.__dict__.pop("forward", None)
         self.groups = []
 
     def has_changed(self) -> None:
@@ -139,6 +139,9 @@ class Pair:
         except Skip:
             self.script.pop()
             raise
+        for group in self.twin.groups:
+            for norm in group.members():
+                group.refresh(norm)
         if results:
             close(*results, f"result of {operation.__name__}", self.tolerance)
         self.compare()
@@ -211,6 +214,12 @@ class Pair:
                     b.copy_(a)
         self.twin.has_changed()
         self.invalidate()
+
+    def renew(self) -> None:
+        """Run a forward, after which the hooks of both have kept weights of the same vectors."""
+        with torch.no_grad():
+            outputs = [side.model(inputs(0)) for side in self.sides]
+        close(*outputs, "output of the next forward", self.tolerance)
 
     def follow_a_forward(self, x: Tensor) -> None:
         """Run a forward of which it is left open whether it advances the vectors.

@@ -9,7 +9,8 @@ This file is the only place that knows in which ways a fused model is meant to d
 - With ``update="step"`` a training forward advances ``u`` and ``v`` only if something has changed since
   the last one, or a forward in evaluation was in between; with ``"manual"`` none does. After a capture
   every training forward computes. ``TwinGroup.advances`` and ``note`` decide it.
-- A layer whose hook never fires, because another module reads its weight, has the raw weight.
+- A layer whose hook was never called is computed by its first call. One that is never called, because
+  another module reads its weight, keeps the raw weight, as in stock.
 - Layers outside of a group, and all accesses outside of a root's forward, are stock's own.
 
 Layers with settings that stock does not have are this package's, unfused, on the reference backend.
@@ -94,13 +95,32 @@ def is_transformed(tensor: Tensor) -> bool:
 class QuietHook(StockHook):
     """Stock's hook, which a group on entry can run in its place."""
 
+    called = False
+    # Inside of a forward of its group: that the weight is in force, and how a first call makes it.
     quiet = False
-    # Whether the module is called at all.
-    fires = True
+    first: bool | None = None
+
+    @classmethod
+    def install(cls, norm: Norm) -> None:
+        """Exchange the class of a hook."""
+        if type(norm.norm) is StockHook:
+            attribute = getattr(norm.module, norm.tensor)
+            norm.norm.__class__ = cls
+            norm.norm.called = not torch._C._is_alias_of(attribute.detach(), norm.weight.detach())
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if not self.quiet:
-            super().__call__(module, inputs)
+            update = module.training if self.first is None else self.first
+            self.put_in_force(module, update)
+            self.quiet, self.first = self.first is not None, None
+        self.called = True
+
+    def put_in_force(self, module: nn.Module, update: bool) -> None:
+        buffers, own = module._buffers, dict(module._buffers)
+        if not update:  # stock's graph would hold the buffers, which a later forward changes
+            buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        setattr(module, self.name, self.compute_weight(module, do_power_iteration=update))
+        buffers.update(own)
 
 
 class CacheOfGroups(dict):  # type: ignore[type-arg]
@@ -125,20 +145,14 @@ class TwinGroup:
         self.objects = [norm.norm for norm in members]  # so that an id stays theirs
         self.kept: list[bool] | None = None
         self.kept_state: list[tuple[int, int]] = []
-        self.was_captured = False
+        self.was_captured = self.has_run = False
+        # σ of each layer in the last forward and in the one before, which an interrupt may leave.
         self.sigmas: dict[str, float] = {}
+        self.sigmas_before: dict[str, float] = {}
         for norm in members:
             if norm.is_hook:
-                norm.norm.__class__ = QuietHook
-                norm.norm.fires = not norm.name.endswith("out_proj.weight")
+                QuietHook.install(norm)
         root.forward = self.forward
-
-    def leave(self) -> None:
-        """Make stock of the layers again."""
-        self.root.__dict__.pop("forward", None)
-        for norm in self.members():
-            if norm.is_hook:
-                norm.norm.__class__ = StockHook
 
     def members(self) -> list[Norm]:
         return [norm for norm in norms(self.root) if id(norm.norm) in self.ids]
@@ -187,13 +201,19 @@ class TwinGroup:
                 self.compute(norm, update)
             self.note(members, advance)
             if not of_the_user:
+                self.sigmas_before = self.sigmas
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
             try:
                 yield
+                self.first_calls(members)
+                self.has_run = True
+            except BaseException:
+                self.first_calls(members)
+                raise
             finally:
                 for norm in members:
                     if norm.is_hook:
-                        norm.norm.quiet = False
+                        norm.norm.quiet, norm.norm.first = False, None
                 if not of_the_user:
                     parametrize._cache = outer
 
@@ -210,14 +230,12 @@ class TwinGroup:
     def compute(self, norm: Norm, update: bool) -> None:
         """Put the weight of one layer in force, and keep it so until the forward is left."""
         if norm.is_hook:
-            buffers, own = norm.module._buffers, dict(norm.module._buffers)
-            if not update:  # stock's graph would hold the buffers, which a later forward changes
-                buffers.update({n: None if b is None else b.clone() for n, b in own.items()})
-            weight = norm.norm.compute_weight(norm.module, do_power_iteration=update)
-            buffers.update(own)
-            if norm.norm.fires:
-                setattr(norm.module, norm.tensor, weight)
-            norm.norm.quiet = True
+            if norm.norm.called:
+                norm.norm.put_in_force(norm.module, update)
+                norm.norm.quiet = True
+            else:
+                norm.norm.first = update
+                self.refresh(norm)
             return
         before = norm.norm.training
         norm.norm.training = update
@@ -227,6 +245,22 @@ class TwinGroup:
                 getattr(norm.module, norm.tensor)
         finally:
             norm.norm.training = before
+
+    def first_calls(self, members: list[Norm]) -> None:
+        """Note what first calls of hooks have done; a layer that waits for its one is computed again."""
+        if self.kept is not None:
+            waits = any(norm.is_hook and not norm.norm.called for norm in members)
+            self.kept = None if waits and not self.has_run else self.kept
+            self.kept_state = self.state(members)
+
+    @staticmethod
+    def refresh(norm: Norm) -> None:
+        """Let a weight that no call has computed be the raw one.
+
+        In stock it is the memory that the raw weight had at first, whatever became of it.
+        """
+        if norm.is_hook and not norm.norm.called:
+            setattr(norm.module, norm.tensor, norm.weight.detach())
 
     def iterate(self) -> None:
         """Do what ``SpectralGroup.iterate`` does: one update of all layers, in any mode.

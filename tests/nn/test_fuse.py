@@ -535,3 +535,22 @@ def test_nothing_is_kept_alive():
     del group, fused
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(gone)
+
+
+@pytest.mark.parametrize("root", ["plain", "parametrized"])
+def test_a_model_that_is_fused_again_enters_its_group_once(root, backend):
+    torch.manual_seed(0)
+    fused, stock = (make(STOCK["u_first"]) for _ in range(2))
+    for net in (fused, stock):
+        if root == "parametrized":
+            net.register_parameter("own", nn.Parameter(torch.ones(3, 3, dtype=torch.float64)))
+            STOCK["u_first"](net, "own")
+    stock.load_state_dict(fused.state_dict())
+    for _ in range(2):
+        spectral_ext.fuse(fused, backend=backend)
+    for net in (fused, stock):
+        net(inputs())
+    assert_same_state(fused, stock)
+    spectral_ext.unfuse(fused)
+    assert "Spectral" not in type(fused).__name__
+    assert "_spectral_group" not in fused.__dict__
