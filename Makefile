@@ -46,8 +46,7 @@ test-clients: $(VENV)/clients.json
 
 fuzz: $(VENV)/installed  ## compare fused models with PyTorch's through random operations (MINUTES=30, FUZZ_ARGS="--seed 1")
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(FUZZ_ARGS)
-	test ! -e tests/fuzz/malformed_calls.py || \
-	  $(BIN)/python tests/fuzz/malformed_calls.py --minutes $$(awk 'BEGIN { print $(MINUTES) / 10 }')
+	$(BIN)/python tests/fuzz/malformed_calls.py --minutes $$(awk 'BEGIN { print $(MINUTES) / 10 }')
 
 bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit ("--at-most 1.03" fails if slower)
 	$(if $(AGAINST),$(BIN)/python bench/compare.py $(AGAINST) $(BENCH_ARGS),\
@@ -64,9 +63,6 @@ gpu-smoke:  ## the essential half of it, in 2 minutes
 
 sanitize: $(VENV)/installed  ## numbers, malformed calls and memory of the CPU library under AddressSanitizer and UBSan (15 minutes)
 	$(BIN)/python tests/sanitize.py
-
-fuzz: $(VENV)/installed  ## malformed calls of the operators, for FUZZ_ARGS="--minutes 5 --seed 0"
-	$(BIN)/python tests/fuzz/malformed_calls.py $(FUZZ_ARGS)
 
 lint: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check

@@ -280,6 +280,7 @@ class SpectralGroup:
         for layer in self._layers:
             self._claim(layer.parametrization)
         self.invalidate()
+        self._known = weakref.WeakSet(norm for norm, _ in spectral_norms(root.modules()))
 
     def _claim(self, parametrization: SpectralNorm) -> None:
         parametrization.__dict__["_group"] = weakref.ref(self)
@@ -583,6 +584,7 @@ class SpectralGroup:
             if not is_traced():
                 self._plan = plan
                 self._other_plan = before if plan.is_of_the_same(before) else None
+                self._tell_of_others()
         return plan, tensors
 
     def _new_plan(self) -> Plan:
@@ -609,24 +611,27 @@ class SpectralGroup:
         for layer in gone:
             layer.parametrization.__dict__["_place"] = -1
             self._absent.append(_Absent(layer))
-        self._tell_of_others(names)
 
-    def _tell_of_others(self, names: dict[Module, str]) -> None:
+    def _tell_of_others(self) -> None:
         """Warn once of each spectral norm that came into the model and is in no group."""
-        norms = dict(spectral_norms(names))
         root = self.root
-        if self._known is not None and root is not None and root.__dict__.get(GROUP) is self:
-            ours = {id(layer.parametrization) for layer in self._layers}
-            for norm, (module, tensor_name) in norms.items():
-                if norm in self._known or id(norm) in ours or getattr(norm, "_group", None):
-                    continue
-                warnings.warn(
-                    f"{names[module]}.{tensor_name} has a spectral norm but is in no group, and is computed "
-                    f"alone; it came into the fused {type(root).__name__} later. Call "
-                    "spectral_ext.fuse(model) again to include it.",
-                    stacklevel=2,
-                )
-        self._known = weakref.WeakSet(norms)
+        if root is None or root.__dict__.get(GROUP) is not self:
+            return
+        names = {module: name for name, module in root.named_modules()}
+        norms = dict(spectral_norms(names))
+        known, self._known = self._known, weakref.WeakSet(norms)
+        if known is None:  # a copy, which looks for the first time
+            return
+        ours = {id(layer.parametrization) for layer in self._layers}
+        for norm, (module, tensor_name) in norms.items():
+            if norm in known or id(norm) in ours or getattr(norm, "_group", None):
+                continue
+            warnings.warn(
+                f"{names[module]}.{tensor_name} has a spectral norm but is in no group, and is computed "
+                f"alone; it came into the fused {type(root).__name__} later. Call "
+                "spectral_ext.fuse(model) again to include it.",
+                stacklevel=2,
+            )
 
     def _normalize_at_once(self, plan: Plan, training: list[bool]) -> Results | None:
         """Compute all units in the shortest way; None, and nothing done, where that is not open."""
