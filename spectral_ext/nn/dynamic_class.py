@@ -163,9 +163,10 @@ def own_class(module: Module) -> None:
 
 def add_properties(module: Module) -> None:
     """Give the class of a parametrized module, which is ours, a property for each of its tensors."""
-    cls = class_of_parametrizations(module)
-    for name, property_ in _properties(_kinds_of_tensors(module)).items():
+    cls, tensors = class_of_parametrizations(module), _kinds_of_tensors(module)
+    for name, property_ in _properties(tensors).items():
         setattr(cls, name, property_)
+    cls.__name__ = _name_of_class(cls.__bases__[0], tensors)
 
 
 def register(module: Module, name: str, parametrization: Module, *, unsafe: bool) -> None:
@@ -248,7 +249,14 @@ def _parametrized_class(base: type[Module], tensors: dict[str, bool]) -> type[Mo
         "__reduce_ex__": _reduce_ex,
         "_load_from_state_dict": _load_from_state_dict,
     }
-    return subclass(base, body)
+    cls = subclass(base, body)
+    cls.__name__ = _name_of_class(base, tensors)
+    return cls
+
+
+def _name_of_class(base: type[Module], tensors: dict[str, bool]) -> str:
+    """Return the name that the class of a module has in PyTorch, where a hook makes none."""
+    return base.__name__ if all(tensors.values()) else f"Parametrized{base.__name__}"
 
 
 def _kinds_of_tensors(module: Module) -> dict[str, bool]:

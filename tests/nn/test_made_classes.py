@@ -162,8 +162,10 @@ def test_made_classes_have_the_names_of_the_users():
     for module, cls in ((net, Outer.Net), (net[0], nn.Linear), (net[1], nn.Conv1d)):
         made = type(module)
         assert made is not cls
-        for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        for name in ("__qualname__", "__module__", "__doc__"):
             assert getattr(made, name) == getattr(cls, name)
+        # PyTorch's parametrization makes a class too, and its hook makes none.
+        assert made.__name__ == ("Parametrized" if cls is nn.Conv1d else "") + cls.__name__
         assert parametrize.type_before_parametrizations(module).__name__ == cls.__name__
     assert repr(net).splitlines()[:2] == [*text.splitlines()[:1], "  (0): Linear("]
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Conversions and loading that swap tensors: ``set_swap_module_params_on_conversion`` of ``torch.__future__``."""
+"""Conversions and loading that swap tensors, as ``torch.__future__`` has it."""
 
 import pytest
 import torch
