@@ -118,7 +118,8 @@ def is_traced() -> bool:
     """Return whether tensors may be stand-ins, which must not be kept beyond this call.
 
     Transforms of ``torch.func`` and dual numbers wrap tensors, ``torch.export`` and ``torch.jit.trace``
-    record what is done to them, and under ``FakeTensorMode`` and ``make_fx`` they have no data or are watched.
+    record what is done to them, and under ``FakeTensorMode`` and ``make_fx`` they have no data or are
+    watched.
     """
     if is_transformed() or is_recorded():
         return True

@@ -131,6 +131,7 @@ def fused_class(base: type[Module]) -> type[Module]:
     body = {
         _KIND: "fused",
         "__doc__": base.__doc__,
+        "__prepare_scriptable__": _refuse_to_script,
         "__reduce_ex__": _reduce_ex,
         "__setstate__": set_state,
         "forward": forward,
@@ -246,6 +247,7 @@ def _parametrized_class(base: type[Module], tensors: dict[str, bool]) -> type[Mo
     body |= {
         _KIND: "parametrized",
         "__doc__": base.__doc__,
+        "__prepare_scriptable__": _refuse_to_script,
         "__reduce_ex__": _reduce_ex,
         "_load_from_state_dict": _load_from_state_dict,
     }
@@ -366,6 +368,14 @@ def _tensor_property(tensor_name: str) -> property:
         self.parametrizations[tensor_name].right_inverse(value)
 
     return property(get, set_)
+
+
+def _refuse_to_script(self: Any) -> Any:
+    """Raise for ``torch.jit.script``, which calls it for every module first."""
+    raise TypeError(
+        f"{type(self).__name__} has spectral norms, which torch.jit.script cannot compile; script "
+        "spectral_ext.bake(model), or use torch.jit.trace"
+    )
 
 
 def _reduce_ex(self: Any, protocol: int) -> Any:

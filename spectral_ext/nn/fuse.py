@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from ..layout import compute_dtype
+from ..validation import check_bool, check_number
 from . import hook_layout
 from .dynamic_class import (
     GROUP,
@@ -30,6 +31,7 @@ from .hook import leave_groups
 from .kept import Update
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
 from .plan import Layer
+from .register import LazyNorm
 from .select import Selector, check_selector, is_selected
 
 __all__ = ["fuse", "unfuse"]
@@ -145,7 +147,8 @@ def fuse(
     Warns:
         UserWarning: the order of ``model.parameters()`` changes, by which optimizers load their state.
     """
-    _check_root(model, bucket_mb)
+    _check_root(model)
+    _check_options(bucket_mb, check_finite, autocast)
     if update not in get_args(Update):
         raise ValueError(f"update must be one of {get_args(Update)}, got update={update!r}")
     check_selector("include", include)
@@ -156,17 +159,25 @@ def fuse(
         for found in everything
         if is_selected(include, exclude, found.name, found.tensor_name, found.module)
     ]
+    lazy = ", ".join(_lazy_layers(model))
     if not chosen:
-        raise ValueError(
-            f"{type(model).__name__} has no spectral norm to fuse"
-            + (", they were all left out" if everything else "; apply one to its layers first")
-        )
+        if lazy:
+            why = f" yet: {lazy} have no weight before a forward; run the model once before fuse"
+        else:
+            why = ", they were all left out" if everything else "; apply one to its layers first"
+        raise ValueError(f"{type(model).__name__} has no spectral norm to fuse{why}")
     candidates = [found.candidate() for found in chosen]
     for found, candidate in zip(chosen, candidates, strict=True):
         if isinstance(found.norm, StockHook):
             _refuse_to_move(found.module, found.label, "fuse")
         candidate.check(found.weight, found.label)
         check_backend(backend, found.weight)
+    if lazy:
+        warnings.warn(
+            f"{type(model).__name__} is fused without {lazy}, which have no weight before their first forward "
+            "and are computed alone; run the model once before fuse",
+            stacklevel=2,
+        )
     # The classes, made before anything changes; that of the model stays in a cache.
     classes = {found.module: class_for_parametrizations(found.module) for found in chosen}
     # A model that is fused already loses its class when its last layer leaves the old group.
@@ -241,18 +252,39 @@ def unfuse(model: _Module) -> _Module:
     return model
 
 
-def _check_root(model: Module, bucket_mb: float | None) -> None:
+def _check_root(model: Module) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is a ScriptModule; fuse the model before scripting it")
+    if type(model).forward is Module.forward:
+        raise TypeError(
+            f"{name} has no forward, which is what computes a group; fuse the module whose forward runs "
+            "its layers"
+        )
     if "forward" in model.__dict__:
         raise RuntimeError(
-            f"{type(model).__name__} has its forward in the instance, where it hides that of its "
-            "class; fuse the model before torch.compile or Accelerate, or delete that attribute"
+            f"{name} has its forward in the instance, where it hides that of its class; fuse the model "
+            "before torch.compile or Accelerate, or delete that attribute"
         )
-    if bucket_mb is not None and not bucket_mb > 0:
-        raise ValueError(f"bucket_mb must be positive, got bucket_mb={bucket_mb}")
+
+
+def _check_options(bucket_mb: float | None, check_finite: bool, autocast: bool) -> None:
+    check_bool("fuse", "check_finite", check_finite)
+    check_bool("fuse", "autocast", autocast)
+    if bucket_mb is not None:
+        check_number("fuse", "bucket_mb", bucket_mb)
+        if not bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be positive, got bucket_mb={bucket_mb}")
+
+
+def _lazy_layers(model: Module) -> Iterator[str]:
+    """Yield the names of tensors that get a spectral norm in the first forward of their modules."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, LazyNorm):
+                yield f"{name}.{hook.name}" if name else hook.name
 
 
 def _refuse_to_move(module: Module, label: str, what: str) -> None:

@@ -13,7 +13,8 @@ rank. A step of the power method multiplies a vector ``x`` by ``A`` and the resu
 
 All layers of a group go through the same all-reduces, of ``h + w + 1`` numbers for a weight of ``h·w``.
 Where σ is 0, the ranks must agree whether the weight is zero: the first all-reduce carries one more
-number, which tells whether ``A`` times the vector to restart from is 0. Both products take one read of the shard.
+number, which tells whether ``A`` times the vector to restart from is 0. Both products take
+one read of the shard.
 
 σ without an update is ``Σ uᵀM_k v``, one all-reduce of one number a layer. Every rank gets the same bits of
 the sums, and so the same ``u``, ``v`` and σ.

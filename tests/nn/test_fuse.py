@@ -460,6 +460,36 @@ BAD = {
     ),
     "no selector": (lambda: make(STOCK["u_first"]), {"exclude": 3}, TypeError, "exclude"),
     "bucket_mb": (lambda: make(STOCK["u_first"]), {"bucket_mb": 0}, ValueError, "bucket_mb"),
+    "bucket_mb, a string": (
+        lambda: make(STOCK["u_first"]),
+        {"bucket_mb": "25"},
+        TypeError,
+        "bucket_mb must be a float, got str",
+    ),
+    "autocast, a string": (
+        lambda: make(STOCK["u_first"]),
+        {"autocast": "no"},
+        TypeError,
+        "autocast must be a bool, got str",
+    ),
+    "check_finite, a number": (
+        lambda: make(STOCK["u_first"]),
+        {"check_finite": 1},
+        TypeError,
+        "check_finite must be a bool, got int",
+    ),
+    "no forward": (
+        lambda: nn.ModuleList([make(STOCK["u_first"])]),
+        {},
+        TypeError,
+        "ModuleList has no forward",
+    ),
+    "lazy": (
+        lambda: nn.Sequential(spectral_ext.spectral_norm(nn.LazyLinear(3))),
+        {},
+        ValueError,
+        r"no spectral norm to fuse yet: 0\.weight have no weight before",
+    ),
     "backend": (lambda: make(STOCK["u_first"]), {"backend": "gpu"}, ValueError, "gpu"),
     "forward of the instance": (InstanceForward, {}, RuntimeError, "forward"),
     "size of u": (lambda: spoiled(_u=torch.ones(3).double()), {}, ValueError, r"body\.2\.weight"),
@@ -554,3 +584,23 @@ def test_a_model_that_is_fused_again_enters_its_group_once(root, backend):
     spectral_ext.unfuse(fused)
     assert "Spectral" not in type(fused).__name__
     assert "_spectral_group" not in fused.__dict__
+
+
+def test_lazy_layers_that_are_left_out_are_told():
+    net = nn.Sequential(spectral_ext.spectral_norm(nn.Linear(3, 3)))
+    net.append(spectral_ext.spectral_norm(nn.LazyLinear(2)))
+    with pytest.warns(UserWarning, match=r"fused without 1\.weight, which have no weight"):
+        group = spectral_ext.fuse(net)
+    assert [layer.qualified_name for layer in group.layers] == ["0.weight"]
+    net(torch.randn(1, 3))
+    assert len(spectral_ext.fuse(net).layers) == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_scripting_is_refused_with_what_to_do():
+    net = nn.Sequential(spectral_ext.spectral_norm(nn.Linear(3, 3)))
+    spectral_ext.fuse(net)
+    for module in (net, net[0]):
+        with pytest.raises(TypeError, match=r"torch\.jit\.script cannot compile"):
+            torch.jit.script(module)
+    torch.jit.script(spectral_ext.bake(net))
