@@ -105,5 +105,3 @@ def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
         if name not in leave_out:
             body[name] = as_rule(found, fits)
     return type("Fuzz", (Machine,), body)
-
-

@@ -201,8 +201,6 @@ def forward_in_a_thread(side: Side, seed: int) -> Tensor:
     return outputs
 
 
-
-
 @operation(block="block", seed=SEED)
 def call_block(side: Side, block: str, seed: int) -> Tensor:
     """A direct call of a sub-module, outside of the root's forward."""

@@ -143,7 +143,9 @@ def copy_block_in_place(pair: Pair, block: str) -> None:
     skip_unless(pair.is_fused)
     skip_unless(all(isinstance(n.norm, spectral_ext.nn.SpectralNorm) for n in pair.fused.norms()))
     parent = pair.fused.model.get_submodule(block.rpartition(".")[0])
-    setattr_of(parent, block.rpartition(".")[2], copy.deepcopy(pair.fused.model.get_submodule(block)))
+    setattr_of(
+        parent, block.rpartition(".")[2], copy.deepcopy(pair.fused.model.get_submodule(block))
+    )
     for side in pair.sides:
         side.model.zero_grad()
         side.forget()
@@ -157,7 +159,9 @@ def setattr_of(parent: nn.Module, name: str, value: nn.Module) -> None:
         setattr(parent, name, value)
 
 
-def round_trip(pair: Pair, dtype: torch.dtype, tolerance: float, run: Callable[..., Tensor]) -> None:
+def round_trip(
+    pair: Pair, dtype: torch.dtype, tolerance: float, run: Callable[..., Tensor]
+) -> None:
     """Convert both, run them in the other dtype, and convert them back."""
     outputs = []
     for side in pair.sides:

@@ -173,7 +173,9 @@ class Pair:
     def compare(self) -> None:
         """Compare weights, gradients, vectors, names and their order; vectors must be unit vectors."""
         found, expected = (side.parameters() for side in self.sides)
-        assert list(found) == list(expected), f"parameters {list(found)}, stock has {list(expected)}"
+        assert list(found) == list(expected), (
+            f"parameters {list(found)}, stock has {list(expected)}"
+        )
         for name, parameter in expected.items():
             mine = found[name]
             close(mine.detach(), parameter.detach(), name, self.tolerance)

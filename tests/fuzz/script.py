@@ -4,6 +4,5 @@ from ops_forward import *
 from ops_hazards import *
 from ops_structure import *
 from ops_training import *
-from pair import Pair
 
 __all__ = [name for name in globals() if not name.startswith("_")]

@@ -16,7 +16,6 @@ from registry import OPERATIONS
 from run import profile
 
 
-
 @pytest.fixture(autouse=True)
 def quiet():
     """Ignore warnings, which a user gets for some of the operations, and ask for speed."""

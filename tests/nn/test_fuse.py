@@ -89,7 +89,9 @@ def test_unfuse_keeps_the_order_of_parameters_and_buffers():
     net.register_buffer("count", torch.ones(2))
     hook_spectral_norm(net, "bias")
     shape = anatomy(net)
-    with pytest.warns(UserWarning, match=r"weight of Linear, bias of Linear: fuse changes the order"):
+    with pytest.warns(
+        UserWarning, match=r"weight of Linear, bias of Linear: fuse changes the order"
+    ):
         spectral_ext.fuse(net)
     spectral_ext.unfuse(net)
     assert anatomy(net) == shape
