@@ -184,7 +184,9 @@ class Pair:
         for mine, norm in zip(self.fused.norms(), self.twin.norms(), strict=True):
             assert mine.name == norm.name, f"norm of {mine.name}, stock has {norm.name}"
             assert mine.training == norm.training, f"mode of {norm.name}"
-            for letter, (a, b) in zip("uv", zip(mine.vectors, norm.vectors, strict=True)):
+            for letter, (a, b) in zip(
+                "uv", zip(mine.vectors, norm.vectors, strict=True), strict=False
+            ):
                 close(a, b, f"{letter} of {norm.name}", self.tolerance)
                 length = a.double().norm().item()
                 assert abs(length - 1) < 1e-2, f"{letter} of {norm.name} has the length {length}"
