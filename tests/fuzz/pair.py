@@ -162,7 +162,7 @@ class Pair:
     @property
     def root_is_fused(self) -> bool:
         """Whether the root has a group; it has none if parts of it took all layers."""
-        return any(group.root is self.twin.model for group in self.twin.groups)
+        return any(group.root is self.twin.model and group.members() for group in self.twin.groups)
 
     def invalidate(self) -> None:
         """Invalidate all groups of the fused model, also those of parts of it."""
