@@ -202,7 +202,12 @@ def build(
         return nn.Sequential(*(layer for block in made for layer in (block, nn.Tanh())))
     model = {"net": Net, "normalized_root": NormalizedRoot, "shared": Shared}[root](made)
     if root == "normalized_root":
-        normalize(model, "weight", BlockSpec(*blocks[0]), backend)
+        spec = BlockSpec(*blocks[0])
+        if (
+            spec.norm == "hook"
+        ):  # it would run before the forward of the root, and so before the group
+            spec = BlockSpec("linear")
+        normalize(model, "weight", spec, backend)
     return model
 
 

@@ -105,7 +105,8 @@ def is_grouped_hook(norm: Norm) -> bool:
 
 def is_ours(pair: Pair, layer: str) -> bool:
     """Whether a layer is computed by this package: stock does not recover from what follows."""
-    return isinstance(pair.fused.norm(layer).norm, spectral_ext.nn.SpectralNorm)
+    is_called = getattr(pair.twin.norm(layer).norm, "called", True)  # others are not computed
+    return is_called and isinstance(pair.fused.norm(layer).norm, spectral_ext.nn.SpectralNorm)
 
 
 def check_the_norm(pair: Pair, layer: str, what: str) -> None:

@@ -162,7 +162,7 @@ class Pair:
     @property
     def root_is_fused(self) -> bool:
         """Whether the root has a group; it has none if parts of it took all layers."""
-        return any(group.root is self.twin.model for group in self.twin.groups)
+        return any(group.root is self.twin.model and group.members() for group in self.twin.groups)
 
     def invalidate(self) -> None:
         """Invalidate all groups of the fused model, also those of parts of it."""
@@ -184,7 +184,9 @@ class Pair:
         for mine, norm in zip(self.fused.norms(), self.twin.norms(), strict=True):
             assert mine.name == norm.name, f"norm of {mine.name}, stock has {norm.name}"
             assert mine.training == norm.training, f"mode of {norm.name}"
-            for letter, (a, b) in zip("uv", zip(mine.vectors, norm.vectors, strict=True)):
+            for letter, (a, b) in zip(
+                "uv", zip(mine.vectors, norm.vectors, strict=True), strict=False
+            ):
                 close(a, b, f"{letter} of {norm.name}", self.tolerance)
                 length = a.double().norm().item()
                 assert abs(length - 1) < 1e-2, f"{letter} of {norm.name} has the length {length}"

@@ -265,7 +265,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.here:
         return run(arguments.only[0], arguments.minutes, arguments.seed)
-    print(f"| fault | found | seconds | models | operation |\n|---|---|---|---|---|")
+    print("| fault | found | seconds | models | operation |\n|---|---|---|---|---|")
     missed = 0
     for name in arguments.only:
         command = [sys.executable, __file__, "--here", "--only", name]

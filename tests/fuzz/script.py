@@ -1,9 +1,10 @@
 """All names of a printed script: ``from script import *`` in this folder."""
 
-from ops_forward import *
-from ops_hazards import *
-from ops_structure import *
-from ops_training import *
+from machine import MODULES
 from pair import Pair
+from registry import OPERATIONS
 
-__all__ = [name for name in globals() if not name.startswith("_")]
+assert MODULES  # they fill the table
+globals().update({name: operation.function for name, operation in OPERATIONS.items()})
+
+__all__ = ["Pair", *OPERATIONS]
