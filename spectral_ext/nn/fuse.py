@@ -174,8 +174,8 @@ def fuse(
         check_backend(backend, found.weight)
     if lazy:
         warnings.warn(
-            f"{type(model).__name__} is fused without {lazy}, which have no weight before their first forward "
-            "and are computed alone; run the model once before fuse",
+            f"{type(model).__name__} is fused without {lazy}, which have no weight before their first "
+            "forward and are computed alone; run the model once before fuse",
             stacklevel=2,
         )
     # The classes, made before anything changes; that of the model stays in a cache.

@@ -761,7 +761,8 @@ class _Entry:
 
     def __del__(self) -> None:
         """Take the weights out of force where an interrupt came before :meth:`__exit__` could."""
-        if self._record is not None and active.record is self._record:
+        record = getattr(self, "_record", None)  # the interrupt may have been in the constructor
+        if record is not None and active.record is record:
             self.__exit__()
 
 

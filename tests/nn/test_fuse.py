@@ -484,12 +484,6 @@ BAD = {
         TypeError,
         "ModuleList has no forward",
     ),
-    "lazy": (
-        lambda: nn.Sequential(spectral_ext.spectral_norm(nn.LazyLinear(3))),
-        {},
-        ValueError,
-        r"no spectral norm to fuse yet: 0\.weight have no weight before",
-    ),
     "backend": (lambda: make(STOCK["u_first"]), {"backend": "gpu"}, ValueError, "gpu"),
     "forward of the instance": (InstanceForward, {}, RuntimeError, "forward"),
     "size of u": (lambda: spoiled(_u=torch.ones(3).double()), {}, ValueError, r"body\.2\.weight"),
@@ -584,6 +578,13 @@ def test_a_model_that_is_fused_again_enters_its_group_once(root, backend):
     spectral_ext.unfuse(fused)
     assert "Spectral" not in type(fused).__name__
     assert "_spectral_group" not in fused.__dict__
+
+
+def test_a_model_of_lazy_layers_is_refused():
+    net = nn.Sequential(spectral_ext.spectral_norm(nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match=r"no spectral norm to fuse yet: 0\.weight have no weight"):
+        spectral_ext.fuse(net)
+    assert type(net) is nn.Sequential
 
 
 def test_lazy_layers_that_are_left_out_are_told():

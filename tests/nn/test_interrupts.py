@@ -57,6 +57,8 @@ def run_by_hand(net, group):
         return net[2](torch.tanh(net[0](x())))
 
 
+# An interrupt while a generator or an entry is thrown away is told as a warning, and goes nowhere.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("update", ["forward", "step"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("run", [run_by_the_root, run_by_hand])
