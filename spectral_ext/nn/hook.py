@@ -160,6 +160,9 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
         place = record.index.get(id(norm))
         if place is not None and record.on_trial and record.weights[place] is weight:
             _take_vectors(norm, record.on_trial.pop(place, None))
+            group = None if norm._group is None else norm._group()
+            if group is not None:
+                group.trial_ended(norm)
             return
         record = record.below
 
