@@ -412,6 +412,7 @@ class SpectralGroup:
                 normalized = plan.with_gains(normalized)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
+        plan.keep_of_root(normalized)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)

@@ -7,7 +7,8 @@ raw weight. So does code that reads the weight of a layer whose module is never 
 
 A fused layer keeps all of this. Its hook takes the weight that the group has computed, or computes the
 layer alone. On entry the group computes the layers whose hooks have run before. A layer whose hook has not
-run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over.
+run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over. The hook
+of the root itself runs before the root enters its group, and leaves the weight to that entry.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,9 @@ class GroupHook(StockHook):
             return  # the parametrization was removed
         list_, norm = found
         weight = _original(list_)
-        if is_dynamo_compiling():
+        if _is_root(module, norm):
+            norm._last_weight = None  # the forward, which comes next, computes it and keeps it
+        elif is_dynamo_compiling():
             is_in_force = norm._visible_weight(weight) is not None
             if not self.called and is_in_force:
                 _take_vectors(norm, norm._visible.record.on_trial.get(norm._place))  # type: ignore[union-attr]
@@ -67,10 +70,17 @@ class GroupHook(StockHook):
             in_force = lookup(active.record, id(norm), weight)
             if in_force is None or not is_plain(cast(Record, active.record)):
                 in_force = norm(weight)  # alone, or as a checkpoint has to note it
-            normalized = in_force
-            may_keep = not (is_traced() or is_sharded(weight) or _is_gathered(list_))
-            norm.__dict__["_last_weight"] = LastWeight(normalized) if may_keep else None
+            self.keep(list_, in_force)
         self.called = True
+
+    @staticmethod
+    def keep(list_: ParametrizationList, normalized: Tensor | None) -> None:
+        """Keep the weight of a call, where it may be kept."""
+        may_keep = normalized is not None and not (
+            is_traced() or is_sharded(_original(list_)) or _is_gathered(list_)
+        )
+        last = LastWeight(cast(Tensor, normalized)) if may_keep else None
+        list_._modules["0"].__dict__["_last_weight"] = last
 
     def read(self, module: Module) -> Tensor:
         """Return what an access of the weight gives."""
@@ -134,6 +144,12 @@ def leave_groups(norms: Iterable[SpectralNorm]) -> None:
         root = group.root
         if root is not None and not group.registered and root.__dict__.get(GROUP) is group:
             unwrap(root)
+
+
+def _is_root(module: Module, norm: SpectralNorm) -> bool:
+    """Return whether a module is the root of its layer's group: its hook runs before it enters the group."""
+    group = module.__dict__.get(GROUP)
+    return group is not None and norm._visible is group.visible
 
 
 def _original(list_: ParametrizationList) -> Tensor:
