@@ -559,6 +559,7 @@ class SpectralGroup:
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         record = Record({}, weights, normalized, [], None)
         record.on_trial = on_trial  # type: ignore[assignment]
+        record.of_compiled = True
         return record
 
     def _gather(self) -> tuple[Plan, UnitTensors]:

@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import Record, active, hidden_saves, is_plain, lookup
+from .active import Record, active, hidden_saves, is_plain
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -67,7 +67,7 @@ class GroupHook(StockHook):
         else:
             if not self.called:
                 _end_trial(norm, weight)
-            in_force = lookup(active.record, id(norm), weight)
+            in_force = norm._weight_in_force(weight)
             if in_force is None or not is_plain(cast(Record, active.record)):
                 in_force = norm(weight)  # alone, or as a checkpoint has to note it
             self.keep(list_, in_force)
@@ -86,7 +86,7 @@ class GroupHook(StockHook):
         """Return what an access of the weight gives."""
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
         weight = _original(list_)
-        found = _in_force(norm, weight)
+        found = norm._weight_in_force(weight)
         if found is not None and (self.called or found is weight):
             if not is_dynamo_compiling() and not is_plain(cast(Record, active.record)):
                 found = norm(weight)  # what a checkpoint reads is noted
@@ -163,12 +163,6 @@ def _is_gathered(list_: ParametrizationList) -> bool:
     return bool(list_.__dict__.get("_is_fsdp_managed_module"))
 
 
-def _in_force(norm: SpectralNorm, weight: Tensor) -> Tensor | None:
-    if is_dynamo_compiling():
-        return norm._visible_weight(weight)
-    return lookup(active.record, id(norm), weight)
-
-
 def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     """Give a layer the vectors of the forward that it is called in."""
     record = active.record
@@ -178,6 +172,9 @@ def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
             _take_vectors(norm, record.on_trial.pop(place, None))
             return
         record = record.below
+    record = norm.record_of_compiled
+    if record is not None:
+        _take_vectors(norm, record.on_trial.get(norm._place))
 
 
 def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
