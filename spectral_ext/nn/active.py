@@ -59,6 +59,7 @@ class Record:
         "finish",
         "index",
         "normalized",
+        "of_compiled",
         "on_trial",
         "parts",
         "recompute",
@@ -90,6 +91,8 @@ class Record:
         self.regions = regions
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
+        # Computed by code that torch.compile has made, which does not put it on the thread's stack.
+        self.of_compiled = False
         # The vectors of layers whose hooks have not run yet, by place; their own have not advanced.
         self.on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         self.sharded: dict[int, ShardedUnit] = {}

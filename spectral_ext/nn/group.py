@@ -418,6 +418,7 @@ class SpectralGroup:
                 normalized = plan.with_gains(normalized)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
+        plan.keep_of_root(normalized)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
@@ -564,6 +565,7 @@ class SpectralGroup:
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         record = Record({}, weights, normalized, [], None)
         record.on_trial = on_trial  # type: ignore[assignment]
+        record.of_compiled = True
         return record
 
     def _gather(self) -> tuple[Plan, UnitTensors]:

@@ -221,6 +221,14 @@ class Plan:
         self._hooked = [p for p in self._parametrizations if p._hook is not None]
         for unit in others:
             self.hooks.pop(unit, None)
+        # The tensors of the root itself that came with PyTorch's hook, and their units.
+        self._of_root = [
+            (p._hook, list_, unit)
+            for layer, p, list_, unit in zip(
+                self.layers, self._parametrizations, self._lists, self.unit_of_layer, strict=True
+            )
+            if p._hook is not None and layer.module is root
+        ]
         self.has_trial = any(map(self.is_on_trial, self.hooks))
         # Where the plan looks whether everything is still the same: dictionary, key, what was there.
         places: list[tuple[dict[str, Any], str, Any]] = [
@@ -340,6 +348,12 @@ class Plan:
             assert u is not None and v is not None
             copies[unit] = us[unit], vs[unit] = u.detach().clone(), v.detach().clone()
         return UnitTensors(weights, us, vs), copies
+
+    def keep_of_root(self, normalized: list[Tensor | None]) -> None:
+        """Keep the weights of the root itself until its next call, as PyTorch's hook does."""
+        for hook, list_, unit in self._of_root:
+            if hook.called:
+                hook.keep(list_, normalized[unit])
 
     def is_of_the_same(self, other: "Plan | None") -> bool:
         """Return whether another plan has the same units, whose weights FSDP has exchanged."""
