@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import Record, active, hidden_saves, is_plain, lookup
+from .active import Record, active, hidden_saves, is_plain, lookup, serving
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -155,13 +155,9 @@ def _in_force(norm: SpectralNorm, weight: Tensor) -> Tensor | None:
 
 def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     """Give a layer the vectors of the forward that it is called in."""
-    record = active.record
-    while record is not None:
-        place = record.index.get(id(norm))
-        if place is not None and record.on_trial and record.weights[place] is weight:
-            _take_vectors(norm, record.on_trial.pop(place, None))
-            return
-        record = record.below
+    record = serving(active.record, id(norm), weight)  # of a shard, too, whose weight is whole now
+    if record is not None:
+        _take_vectors(norm, record.on_trial.pop(record.index[id(norm)], None))
 
 
 def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
