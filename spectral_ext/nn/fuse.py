@@ -123,11 +123,11 @@ def fuse(
         update: when ``u``, ``v`` and the weights are computed. ``"forward"``: in every forward, as in
             stock. ``"step"``: in the first forward after a weight has changed, and the later ones
             take the same: the passes of one GAN step cost one computation, and one set of normalized
-            weights stays in memory. In evaluation too. It makes the iterations of one forward: where
-            weights move fast, set ``n_power_iterations`` to the number of passes that share them. A
-            change by hand through ``weight.data`` needs ``group.invalidate()``. ``"manual"``: ``u`` and
-            ``v`` advance by ``group.iterate()`` alone. Code that ``torch.compile`` has made computes in
-            every forward in all cases.
+            weights stays in memory. In eval mode every forward computes. It makes the iterations of one
+            forward: where weights move fast, set ``n_power_iterations`` to the number of passes that
+            share them. A change by hand through ``weight.data`` needs ``group.invalidate()``. ``"manual"``:
+            ``u`` and ``v`` advance by ``group.iterate()`` alone. Code that ``torch.compile`` has made
+            computes in every forward in all cases.
         autocast: under ``torch.autocast`` write float32 weights in its dtype at once, instead of float32
             which every layer casts: less memory, and half the gradient to read. σ, ``u``, ``v`` and the
             gradients of the weights stay float32. For models whose normalized layers are all of those

@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import Record, active, hidden_saves, is_plain
+from .active import Record, active, hidden_saves, is_plain, serving
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -165,19 +165,16 @@ def _is_gathered(list_: ParametrizationList) -> bool:
 
 def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     """Give a layer the vectors of the forward that it is called in."""
-    record = active.record
-    while record is not None:
-        place = record.index.get(id(norm))
-        if place is not None and record.on_trial and record.weights[place] is weight:
-            _take_vectors(norm, record.on_trial.pop(place, None))
-            group = None if norm._group is None else norm._group()
-            if group is not None:
-                group.trial_ended(norm)
-            return
-        record = record.below
-    record = norm.record_of_compiled
-    if record is not None:
-        _take_vectors(norm, record.on_trial.get(norm._place))
+    record = serving(active.record, id(norm), weight)  # of a shard, too, whose weight is whole now
+    if record is None:
+        record = norm.record_of_compiled
+        if record is not None:
+            _take_vectors(norm, record.on_trial.get(norm._place))
+        return
+    _take_vectors(norm, record.on_trial.pop(record.index[id(norm)], None))
+    group = None if norm._group is None else norm._group()
+    if group is not None:
+        group.trial_ended(norm)
 
 
 def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
