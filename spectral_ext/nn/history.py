@@ -48,6 +48,8 @@ class Entry(NamedTuple):
     """Flat ``u`` and ``v`` of native calls, each with the places of its layers."""
     sizes: Sequence[tuple[int, int]]
     """The lengths of ``u`` and ``v`` of the layer at each place."""
+    is_in_force: bool = False
+    """Whether a layer took the weight that its group had in force: all its uses there have these vectors."""
 
     def vectors(self, parametrization: int) -> tuple[Tensor, Tensor] | None:
         """Return ``u`` and ``v`` of a layer; None if they were not kept."""
@@ -107,7 +109,7 @@ class Notes:
             token: equal within one recomputation; another one starts from the first entry.
 
         Raises:
-            RuntimeError: the forward has not used the layer as often.
+            RuntimeError: the forward has not used the layer as often, and each use advanced ``u`` and ``v``.
         """
         if token != self._token:
             self._token, self._next = token, {}
@@ -115,6 +117,8 @@ class Notes:
         if place < len(entries):
             self._next[owner] = place + 1
             return entries[place]
+        if entries and entries[-1].is_in_force:  # a second access of the same weight
+            return entries[-1]
         if not entries and not self._complete:
             return None
         raise RuntimeError(

@@ -268,6 +268,7 @@ class SpectralNorm(StockSpectralNorm):
         known = NO_REGIONS if record is None else record.regions
         if in_force is not None and record and regions.replayed in (None, known.replayed):
             normalized, entry = in_force, record.entry
+            entry = None if entry is None else entry._replace(is_in_force=True)
         else:
             known, found = NO_REGIONS, None
             if regions.replayed is not None:

@@ -32,8 +32,8 @@ COUNTS: Counter[str] = Counter()
 """How often each operation ran."""
 LEAVE_OUT = [name for name in os.environ.get("FUZZ_LEAVE_OUT", "").split(",") if name]
 """Operations, kinds of norms and of blocks that are not drawn."""
-FAILED: list[str] = []
-"""The steps that failed, of the last one last."""
+FAILED: list[list[str]] = []
+"""The scripts that failed, each with the step that did as its last line."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -57,7 +57,7 @@ class Machine(RuleBasedStateMachine):
         except Skip:
             return
         except Exception:
-            FAILED.append(self.pair.script[-1])
+            FAILED.append(list(self.pair.script))
             note("\n".join(["\nThe same as a script:\nfrom script import *", *self.pair.script]))
             raise
         COUNTS[operation.function.__name__] += 1
@@ -95,8 +95,8 @@ def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
         try:
             self.pair = Pair(root, blocks, update, seed)
         except Exception:
-            FAILED.append("Pair(...)")
-            note(f"from script import *\nPair({root!r}, {blocks}, {update!r}, {seed})")
+            FAILED.append([f"pair = Pair({root!r}, {blocks}, {update!r}, {seed})"])
+            note(f"from script import *\n{FAILED[-1][0]}")
             raise
         COUNTS["build"] += 1
 

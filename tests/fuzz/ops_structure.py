@@ -134,7 +134,7 @@ def copy_model(pair: Pair, how: str) -> None:
         side.forget()
     pair.twin.has_changed()
     for group in pair.twin.groups:
-        group.was_captured = False  # the copy was not
+        group.was_captured = group.has_run = False  # the copy was not captured, and has not run
 
 
 @operation(of_the_pair=True, block="block")

@@ -4,10 +4,12 @@
     python tests/fuzz/planted.py --only fake_mode
 
 Each fault is a function that changes the package at run time. A fault runs in a process of its own, until
-the machine fails or its time is over.
+the machine fails or its time is over. It counts as found if the script of the failure, in new processes,
+fails with the fault and passes without it; else the search goes on.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -15,12 +17,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import machine
 import torch
+from registry import Skip
 from run import explore
 
 import spectral_ext  # noqa: F401
@@ -239,46 +242,100 @@ def no_update_in_a_backward() -> None:
     plan.Plan.training = training
 
 
-def run(name: str, minutes: float, seed: int) -> int:
-    """Plant one fault and run the machine; print what it found."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    FAULTS[name]()
-    begin = time.monotonic()
+def replay(lines: list[str]) -> int:
+    """Run a script of the machine; return whether it fails."""
+    import script
+
+    space = dict(vars(script))
+    for line in lines:
+        try:
+            exec(line, space)
+        except Skip:
+            continue
+        except BaseException as error:
+            print(f"{error!r:.200}")
+            return 1
+    return 0
+
+
+def explore_here(minutes: float, seed: int) -> int:
+    """Run the machine; print the number of its models and the script that failed."""
     try:
         explore(minutes, [], seed, shrink=False)
-    except BaseException as error:
-        seconds = time.monotonic() - begin
-        found = machine.FAILED[-1] if machine.FAILED else "?"
-        print(f"found|{seconds:.0f}|{machine.COUNTS['build']}|{found}|{error!r:.100}")
-        return 0
-    print(f"not found|{60 * minutes:.0f}|{machine.COUNTS['build']}||")
-    return 1
+    except BaseException:
+        if not machine.FAILED:
+            raise
+    print(json.dumps([machine.COUNTS["build"], *machine.FAILED[-1:]]))
+    return 0
+
+
+def child(text: str, *arguments: str) -> tuple[int, str]:
+    """Run this file in another process; return its status and the last line that it printed."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode < 0 or "Traceback" in done.stderr:
+        print(done.stderr[-2000:], file=sys.stderr)
+    return done.returncode, (done.stdout.splitlines() or [""])[-1]
+
+
+class Search(NamedTuple):
+    """What a search for one fault gave."""
+
+    script: list[str]
+    """The script that fails with the fault and passes without it; empty if none was found."""
+    seconds: float
+    models: int
+    others: int
+    """Failures that were not those of the fault."""
+
+
+def search(name: str, minutes: float, seed: int) -> Search:
+    """Run the machine with a fault until a failure is that of the fault, or the time is over."""
+    begin, models, others = time.monotonic(), 0, 0
+    while (seconds := time.monotonic() - begin) < 60 * minutes:
+        left = str(minutes - seconds / 60)
+        _, line = child("", "--here", "--only", name, "--minutes", left, "--seed", str(seed))
+        seconds, seed = time.monotonic() - begin, seed + 1000
+        count, *scripts = json.loads(line or "[0]")
+        models += count
+        for script in scripts:
+            text = "\n".join(script)
+            if child(text, "--replay", "--only", name)[0] and not child(text, "--replay")[0]:
+                return Search(script, seconds, models, others)
+            others += 1
+    return Search([], seconds, models, others)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30, help="for each fault")
-    parser.add_argument("--only", choices=list(FAULTS), nargs="*", default=list(FAULTS))
+    parser.add_argument("--only", choices=list(FAULTS), nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--here", action="store_true", help="in this process")
+    parser.add_argument("--replay", action="store_true", help="a script from the standard input")
     arguments = parser.parse_args()
-    if arguments.here:
-        return run(arguments.only[0], arguments.minutes, arguments.seed)
-    print("| fault | found | seconds | models | operation |\n|---|---|---|---|---|")
-    missed = 0
-    for name in arguments.only:
-        command = [sys.executable, __file__, "--here", "--only", name]
-        command += ["--minutes", str(arguments.minutes), "--seed", str(arguments.seed)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [x for x in done.stdout.splitlines() if x.startswith(("found|", "not found|"))]
-        if not lines:
-            print(done.stderr[-2000:], file=sys.stderr)
-        verdict, seconds, models, operation, *_ = (lines or ["failed||||"])[-1].split("|")
-        missed += verdict != "found"
-        print(f"| {name} | {verdict} | {seconds} | {models} | `{operation}` |", flush=True)
-    print(f"{len(arguments.only) - missed} of {len(arguments.only)} found.")
-    return int(missed > 2)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if arguments.here or arguments.replay:
+        for name in arguments.only:
+            FAULTS[name]()
+        if arguments.replay:
+            return replay(sys.stdin.read().splitlines())
+        return explore_here(arguments.minutes, arguments.seed)
+    print("| fault | seconds | models | operation | other failures |\n|---|---|---|---|---|")
+    names = arguments.only or list(FAULTS)
+    missed = []
+    for name in names:
+        script, seconds, models, others = search(name, arguments.minutes, arguments.seed)
+        what = "not found"
+        if script:
+            what = "`" + script[-1].removeprefix("pair.do(").partition(",")[0].rstrip(")") + "`"
+            print("\n".join([f"\n{name}:", *script]), file=sys.stderr)
+        else:
+            missed.append(name)
+        print(f"| {name} | {seconds:.0f} | {models} | {what} | {others} |", flush=True)
+    print(f"{len(names) - len(missed)} of {len(names)} found.")
+    return int(len(missed) > 2)
 
 
 if __name__ == "__main__":

@@ -312,3 +312,33 @@ def test_an_evaluation_is_recomputed_as_one(kind, reentrant):
             loss.backward()
 
     compare(kind, reentrant, run)
+
+
+class TwoPasses(nn.Module):
+    """An LSTM looks whether its weights have changed, and reads them again if so."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.cell = nn.LSTM(WIDTH, WIDTH, batch_first=True, dtype=torch.float64)
+        spectral_ext.spectral_norm(self.cell, "weight_hh_l0")
+        self.block = block
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.block(lambda x: self.cell(x)[0], x)
+        return x
+
+
+@both
+def test_a_recomputation_that_reads_a_weight_in_force_more_often(reentrant):
+    gradients = []
+    for block in (Plain(), Checkpoints(reentrant)):
+        torch.manual_seed(0)
+        model = TwoPasses(block)
+        spectral_ext.fuse(model)
+        h = torch.ones(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+        losses = [model(h).square().sum() for _ in range(2)]
+        sum(losses).backward()
+        gradients.append([h.grad, *(p.grad for p in model.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
