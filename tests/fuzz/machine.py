@@ -10,6 +10,7 @@ printed::
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
@@ -25,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pair import Pair
 from registry import OPERATIONS, SEED, UPDATES, Operation, Skip, specs
 
-__all__ = ["COUNTS", "FAILED", "LEAVE_OUT", "machine"]
+__all__ = ["COUNTS", "END", "FAILED", "LEAVE_OUT", "machine"]
 
 MODULES = [ops_forward, ops_training, ops_structure, ops_hazards]
 COUNTS: Counter[str] = Counter()
@@ -36,11 +37,20 @@ FAILED: list[list[str]] = []
 """The scripts that failed, each with the step that did as its last line."""
 
 
+END: list[float] = []
+"""The time after which the rules do nothing, unless one has failed, which hypothesis repeats."""
+
+
+def is_over() -> bool:
+    return bool(END) and not FAILED and time.monotonic() > END[-1]
+
+
 class Machine(RuleBasedStateMachine):
     pair: Pair | None = None
 
     def run(self, operation: Operation, arguments: dict[str, Any]) -> None:
-        assert self.pair is not None
+        if self.pair is None or is_over():
+            return
         for key, strategy in operation.arguments.items():
             if strategy == "layer":
                 names = [norm.name for norm in self.pair.twin.norms()]
@@ -92,6 +102,8 @@ def machine(leave_out: Collection[str] = LEAVE_OUT) -> type[Machine]:
         seed=SEED,
     )
     def build(self: Machine, root: str, blocks: list[Any], update: str, seed: int) -> None:
+        if is_over():
+            return
         try:
             self.pair = Pair(root, blocks, update, seed)
         except Exception:

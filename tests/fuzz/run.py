@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from machine import COUNTS, LEAVE_OUT, machine
+from machine import COUNTS, END, LEAVE_OUT, machine
 from registry import OPERATIONS
 
 
@@ -39,6 +39,7 @@ def explore(
     """Run examples until the time is over; raise what the first failing one raises."""
     end = time.monotonic() + 60 * minutes
     made = machine(leave_out)
+    END.append(end)
     while time.monotonic() < end:
         made._hypothesis_internal_use_seed = seed  # what hypothesis.seed() sets on a test
         run_state_machine_as_test(made, settings=profile(examples, shrink))
