@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..normalization import Results
-from .history import NO_REGIONS, Entry, Regions
+from .history import NO_REGIONS, Entry, Regions, may_be_reentrant
 from .sharded import ShardedResults, ShardedUnit
 
 __all__ = [
@@ -172,7 +172,11 @@ def is_plain(record: Record | None, training: bool = True) -> bool:
         record: that of the weight; None to compute the layer alone, in ``training`` or in eval mode.
     """
     off = not training if record is None else record.detached and record.below is None
-    return top_hooks(False) is None and graph_task() == -1 and (off or grad_enabled())
+    return (
+        top_hooks(False) is None
+        and graph_task() == -1
+        and (off or grad_enabled() or not may_be_reentrant())
+    )
 
 
 def serving(record: Record | None, parametrization: int, weight: Tensor) -> Record | None:
