@@ -46,6 +46,7 @@ class Record:
         parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
         finish: makes the weight of a place from what is attached to the graph.
+        gains: the learned factors of the places, if any has one.
         sizes: the lengths of ``u`` and ``v`` of every place.
         regions: the checkpoints that were open.
 
@@ -57,8 +58,10 @@ class Record:
         "below",
         "detached",
         "finish",
+        "gains",
         "index",
         "normalized",
+        "of_compiled",
         "on_trial",
         "parts",
         "recompute",
@@ -79,6 +82,7 @@ class Record:
         finish: Callable[[int, Tensor], Tensor] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         regions: Regions = NO_REGIONS,
+        gains: Sequence[Tensor | None] = (),
     ) -> None:
         self.index = index
         self.weights = weights
@@ -86,10 +90,13 @@ class Record:
         self.parts = parts
         self.recompute = recompute
         self.finish = finish
+        self.gains = gains
         self.sizes = sizes
         self.regions = regions
         # Computed without gradients: an access that wants them attaches its layer then.
         self.detached = not torch.is_grad_enabled()
+        # Computed by code that torch.compile has made, which does not put it on the thread's stack.
+        self.of_compiled = False
         # The vectors of layers whose hooks have not run yet, by place; their own have not advanced.
         self.on_trial: dict[int, tuple[Tensor, Tensor]] = {}
         self.sharded: dict[int, ShardedUnit] = {}
@@ -118,6 +125,11 @@ class Record:
         finish = self.finish
         with hidden_saves():
             return unit.normalized(weight, lambda x: x if finish is None else finish(place, x))
+
+    def wants_grad(self, place: int) -> bool:
+        """Return whether the weight at ``place`` has a gradient where gradients are on."""
+        gain = self.gains[place] if self.gains else None
+        return self.weights[place].requires_grad or (gain is not None and gain.requires_grad)
 
     def attach(self, place: int) -> Tensor:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
@@ -210,7 +222,7 @@ def lookup(record: Record | None, parametrization: int, weight: Tensor) -> Tenso
                 # The cheap questions first: this is asked for every access of every weight.
                 if not record.detached or not torch.is_grad_enabled():
                     return normalized
-                if normalized.requires_grad or not weight.requires_grad:
+                if normalized.requires_grad or not record.wants_grad(place):
                     return normalized
                 return record.attach(place)
         record = record.below

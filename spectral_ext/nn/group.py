@@ -414,6 +414,7 @@ class SpectralGroup:
                 normalized = plan.with_gains(normalized)
         else:
             normalized, parts = self._take_kept_or_normalize(plan, tensors, training)
+        plan.keep_of_root(normalized)
 
         def recompute(place: int) -> Tensor:
             return self._recompute(plan, tensors, place)
@@ -456,6 +457,7 @@ class SpectralGroup:
             plan.with_gain,
             plan.sizes,
             regions,
+            plan.gains if plan.has_gains else (),
         )
         entry = record.entry if regions.recorded else None
         if entry is not None:
@@ -528,8 +530,12 @@ class SpectralGroup:
                 self._kept = None
             cached: list[Tensor | None] = [None] * len(training)
             places = list(range(len(training)))
+            if traced:  # no transform lets a hook copy into its vectors, and so the hook computes
+                left_out = plan.on_trial(training)
+                places = [place for place in places if place not in left_out]
             if parametrize._cache_enabled:  # of a sharded layer the cache takes the weight, later
-                places = [i for i in take_from_cache(plan, cached) if i not in plan.sharded]
+                missing = take_from_cache(plan, cached)
+                places = [i for i in places if i in missing and i not in plan.sharded]
             updates = [mode and self.update != "manual" for mode in training]
             parts = self._normalize(plan, tensors, places, updates)
             new = plan.with_gains(_join_normalized(parts, len(training)))
@@ -560,6 +566,7 @@ class SpectralGroup:
         normalized = plan.with_gains(_join_normalized(parts, len(updates)))
         record = Record({}, weights, normalized, [], None)
         record.on_trial = on_trial  # type: ignore[assignment]
+        record.of_compiled = True
         return record
 
     def _gather(self) -> tuple[Plan, UnitTensors]:

@@ -7,7 +7,8 @@ raw weight. So does code that reads the weight of a layer whose module is never 
 
 A fused layer keeps all of this. Its hook takes the weight that the group has computed, or computes the
 layer alone. On entry the group computes the layers whose hooks have run before. A layer whose hook has not
-run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over.
+run yet is on trial: the group advances copies of its ``u`` and ``v``, and its hook takes them over. The hook
+of the root itself runs before the root enters its group, and leaves the weight to that entry.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import Record, active, hidden_saves, is_plain, lookup, serving
+from .active import Record, active, hidden_saves, is_plain, serving, top_hooks
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -54,7 +55,9 @@ class GroupHook(StockHook):
             return  # the parametrization was removed
         list_, norm = found
         weight = _original(list_)
-        if is_dynamo_compiling():
+        if _is_root(module, norm):
+            norm._last_weight = None  # the forward, which comes next, computes it and keeps it
+        elif is_dynamo_compiling():
             is_in_force = norm._visible_weight(weight) is not None
             if not self.called and is_in_force:
                 _take_vectors(norm, norm._visible.record.on_trial.get(norm._place))  # type: ignore[union-attr]
@@ -64,19 +67,26 @@ class GroupHook(StockHook):
         else:
             if not self.called:
                 _end_trial(norm, weight)
-            in_force = lookup(active.record, id(norm), weight)
+            in_force = norm._weight_in_force(weight)
             if in_force is None or not is_plain(cast(Record, active.record)):
                 in_force = norm(weight)  # alone, or as a checkpoint has to note it
-            normalized = in_force
-            may_keep = not (is_traced() or is_sharded(weight) or _is_gathered(list_))
-            norm.__dict__["_last_weight"] = LastWeight(normalized) if may_keep else None
+            self.keep(list_, in_force)
         self.called = True
+
+    @staticmethod
+    def keep(list_: ParametrizationList, normalized: Tensor | None) -> None:
+        """Keep the weight of a call, where it may be kept."""
+        may_keep = normalized is not None and not (
+            is_traced() or is_sharded(_original(list_)) or _is_gathered(list_)
+        )
+        last = LastWeight(cast(Tensor, normalized)) if may_keep else None
+        list_._modules["0"].__dict__["_last_weight"] = last
 
     def read(self, module: Module) -> Tensor:
         """Return what an access of the weight gives."""
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
         weight = _original(list_)
-        found = _in_force(norm, weight)
+        found = norm._weight_in_force(weight)
         if found is not None and (self.called or found is weight):
             if not is_dynamo_compiling() and not is_plain(cast(Record, active.record)):
                 found = norm(weight)  # what a checkpoint reads is noted
@@ -136,6 +146,12 @@ def leave_groups(norms: Iterable[SpectralNorm]) -> None:
             unwrap(root)
 
 
+def _is_root(module: Module, norm: SpectralNorm) -> bool:
+    """Return whether a module is the root of its layer's group: its hook runs before it enters the group."""
+    group = module.__dict__.get(GROUP)
+    return group is not None and norm._visible is group.visible
+
+
 def _original(list_: ParametrizationList) -> Tensor:
     if is_dynamo_compiling():
         return list_.original
@@ -147,17 +163,15 @@ def _is_gathered(list_: ParametrizationList) -> bool:
     return bool(list_.__dict__.get("_is_fsdp_managed_module"))
 
 
-def _in_force(norm: SpectralNorm, weight: Tensor) -> Tensor | None:
-    if is_dynamo_compiling():
-        return norm._visible_weight(weight)
-    return lookup(active.record, id(norm), weight)
-
-
 def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     """Give a layer the vectors of the forward that it is called in."""
     record = serving(active.record, id(norm), weight)  # of a shard, too, whose weight is whole now
     if record is not None:
         _take_vectors(norm, record.on_trial.pop(record.index[id(norm)], None))
+        return
+    record = norm.record_of_compiled
+    if record is not None:
+        _take_vectors(norm, record.on_trial.get(norm._place))
 
 
 def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:
@@ -169,7 +183,7 @@ def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> 
 
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
     """Compute a layer alone with the vectors that it has."""
-    if is_dynamo_compiling():
+    if is_dynamo_compiling() or top_hooks(False) is None:
         return norm._compute(weight, False)[0]
     with hidden_saves():
         return norm._compute(weight, False)[0]

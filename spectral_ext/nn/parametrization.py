@@ -21,7 +21,7 @@ from ..normalization import Results, is_traced, normalize_layers, with_gain
 from ..reference import Order, is_usable, start_vector, unit_vector, weight_matrix
 from ..settings import LayerSettings, Settings
 from ..validation import check_gain, check_layer, check_weight
-from .active import Visible, active, hidden_saves, is_plain, lookup, serving
+from .active import Record, Visible, active, hidden_saves, is_plain, lookup, serving
 from .history import NO_REGIONS, Entry, open_regions
 from .sharded import is_sharded, local_part, normalize_sharded
 
@@ -251,8 +251,7 @@ class SpectralNorm(StockSpectralNorm):
         if is_dynamo_compiling():
             visible = self._visible_weight(weight)
             return self._normalize(weight) if visible is None else visible
-        record = active.record
-        in_force = None if record is None else lookup(record, id(self), weight)
+        record, in_force = active.record, self._weight_in_force(weight)
         if is_plain(None if in_force is None else record, self.training):
             return self._normalize(weight) if in_force is None else in_force
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
@@ -274,13 +273,29 @@ class SpectralNorm(StockSpectralNorm):
             if regions.replayed is not None:
                 found = regions.replay(self)
             vectors = None if found is None else found.vectors_again(self)
-            update = self.training and regions.replayed is None
+            update = self.training and in_force is None and regions.replayed is None
             normalized, results = self._compute(weight, update, vectors)
             sizes = (0, 0) if self.is_vector else (len(self._u), len(self._v))
             entry = Entry({id(self): 0}, results.saved, [sizes])
         if entry is not None:
             regions.note(self, entry, known.recorded)
         return normalized
+
+    def _weight_in_force(self, weight: Tensor) -> Tensor | None:
+        """Return the weight in force, or None; also in code that compiled code leaves to the interpreter."""
+        if is_dynamo_compiling():
+            return self._visible_weight(weight)
+        record = active.record
+        found = None if record is None else lookup(record, id(self), weight)
+        if found is None and self.record_of_compiled is not None:
+            found = self._visible_weight(weight)
+        return found
+
+    @property
+    def record_of_compiled(self) -> Record | None:
+        """The record of the compiled forward of the root, while that runs in several pieces."""
+        record = None if self._visible is None else self._visible.record
+        return record if record is not None and record.of_compiled else None
 
     def _visible_weight(self, weight: Tensor) -> Tensor | None:
         """Return the weight in force for code that ``torch.compile`` traces."""

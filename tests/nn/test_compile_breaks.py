@@ -136,3 +136,55 @@ def test_buckets(bucket_mb, eager_first, fullgraph):
     for (name, found), expected in zip(net.named_parameters(), eager.parameters(), strict=True):
         if expected.grad is not None:
             assert_close(found.grad, expected.grad, name)
+
+
+class Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.layer = NORMS[norm](nn.Linear(4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.layer(x)
+
+
+class Blocks(nn.Module):
+    """More equal blocks than Dynamo compiles their forward for; it runs the others in eager mode."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = nn.LSTM(4, 4, dtype=torch.float64)
+        self.blocks = nn.Sequential(*[Block(norm) for _ in range(4)])
+
+    def forward(self, x):
+        return self.blocks(self.rnn(x)[0])
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+@pytest.mark.parametrize("eager_first", [True, False])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_blocks_that_the_compiler_gives_up_train_like_the_uncompiled(norm, backend, eager_first):
+    plain, net = Blocks(norm), Blocks(norm)
+    for model in (plain, net):
+        spectral_ext.fuse(model)
+    if eager_first:
+        for model in (plain, net):
+            model(x())
+    compiled = torch.compile(net, backend=backend)
+    for step in range(4):
+        losses = []
+        for model, call in ((plain, plain), (net, compiled)):
+            if step == 3:
+                model.eval()
+            model.zero_grad()
+            losses.append(call(x(step)).square().sum())
+            losses[-1].backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.02 * parameter.grad
+        assert_close(losses[1], losses[0], f"loss of step {step}")
+        for (name, found), expected in zip(
+            net.state_dict().items(), plain.state_dict().values(), strict=True
+        ):
+            assert_close(found, expected, f"{name}, step {step}")

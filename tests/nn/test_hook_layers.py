@@ -551,3 +551,92 @@ def test_a_parametrization_on_top_is_applied_to_what_the_hook_gives():
     x = inputs()
     expected = 2 * (stock(x) - stock.fc.bias) + stock.fc.bias
     assert_close(net(x), expected)
+
+
+class Root(nn.Module):
+    """A root that has a normalized tensor of its own, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weight = spectral_norm(nn.Linear(6, 6)), nn.Parameter(torch.randn(6, 6))
+        spectral_norm(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) @ self.weight
+
+
+def a_layer() -> nn.Module:
+    return spectral_norm(nn.Linear(6, 6))
+
+
+def by_replica(net: nn.Module, x: Tensor) -> Tensor:
+    """Call a replica, as ``DataParallel`` makes them: its tensors are those of the model."""
+    modules = {module: module._replicate_for_data_parallel() for module in net.modules()}
+    for module, replica in modules.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = modules[child]
+        for name, parameter in module._parameters.items():
+            replica._parameters[name] = parameter
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer
+    return modules[net](x)
+
+
+def compiled(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.compile(net, backend="aot_eager")(x)
+
+
+ROOT_CALLS = {
+    "call": lambda net, x: net(x),
+    "replica": by_replica,
+    "compiled": compiled,
+    "no-grad": torch.no_grad()(lambda net, x: net(x)),
+}
+
+
+@pytest.mark.parametrize("call", ROOT_CALLS.values(), ids=ROOT_CALLS)
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("root", [a_layer, Root])
+def test_a_root_with_a_tensor_of_its_own_iterates_once_a_call(root, outer, call):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stock = root()
+    net = copy.deepcopy(stock)
+    spectral_ext.fuse(net)
+    if outer:  # a root in the forward of another one, which has layers of its own
+        head = spectral_norm(nn.Linear(6, 6))
+        stock, net = nn.Sequential(stock, head), nn.Sequential(net, copy.deepcopy(head))
+        spectral_ext.fuse(net, include=r"^1\.")
+    for step in range(3):
+        assert_close(call(net, inputs(step)), call(stock, inputs(step)), f"output {step}")
+        with torch.no_grad():
+            for model in (stock, net):
+                inner = model[0] if outer else model
+                inner.weight_orig.mul_(torch.linspace(1, 2, 6))
+        found, expected = (model[0] if outer else model for model in (net, stock))
+        if call not in (by_replica, compiled):  # neither keeps the weight of the last call
+            assert_close(found.weight, expected.weight, f"the weight after call {step}")
+        assert_close(found.weight_u, expected.weight_u, f"u {step}")
+        assert_close(found.weight_v, expected.weight_v, f"v {step}")
+
+
+def test_the_passes_of_a_step_share_the_tensor_of_a_root():
+    torch.manual_seed(0)
+    net = Root()
+    spectral_ext.fuse(net, update="step")
+    net(inputs())
+    before = net.weight_u.clone(), net.inner.weight_u.clone()
+    net(inputs())
+    assert torch.equal(net.weight_u, before[0]) and torch.equal(net.inner.weight_u, before[1])
+
+
+@pytest.mark.parametrize("suffix", ["orig", "u", "v"])
+def test_a_tensor_of_the_hook_that_is_another_kind_of_attribute_is_refused_by_name(suffix):
+    net = nn.Sequential(spectral_norm(nn.Linear(6, 6)))
+    value = getattr(net[0], f"weight_{suffix}").detach().clone()
+    delattr(net[0], f"weight_{suffix}")
+    setattr(net[0], f"weight_{suffix}", value)
+    with pytest.raises(ValueError, match=rf"0\.weight of Linear: weight_{suffix} .*exclude"):
+        spectral_ext.fuse(net)
+    assert type(net) is nn.Sequential and type(net[0]) is nn.Linear
+    net(inputs())
