@@ -257,6 +257,11 @@ class SpectralGroup:
         except (TypeError, ValueError):  # the next entry raises it, with the name of the layer
             self._plan = self._other_plan = None
 
+    def trial_ended(self, parametrization: SpectralNorm) -> None:
+        """Know that a layer has taken over the vectors of the forward that it was called in."""
+        if self._kept is not None:
+            self._kept.renew(parametrization)
+
     def forget_calls(self) -> None:
         """Hold no tensor in C++, before ``torch.utils.swap_tensors`` exchanges parameters."""
         for plan in (self._plan, self._other_plan):
@@ -576,8 +581,6 @@ class SpectralGroup:
             plan.has_trial = False
             if not plan.is_without_bypassed():
                 self._plan = self._other_plan = plan = None
-            elif self._kept is not None:
-                self._kept.renew(plan)
         tensors = None if plan is None else plan.gather()
         if plan is None or tensors is None:
             # FSDP exchanges the weights for their shards and back again: one plan for each.

@@ -166,12 +166,15 @@ def _is_gathered(list_: ParametrizationList) -> bool:
 def _end_trial(norm: SpectralNorm, weight: Tensor) -> None:
     """Give a layer the vectors of the forward that it is called in."""
     record = serving(active.record, id(norm), weight)  # of a shard, too, whose weight is whole now
-    if record is not None:
-        _take_vectors(norm, record.on_trial.pop(record.index[id(norm)], None))
+    if record is None:
+        record = norm.record_of_compiled
+        if record is not None:
+            _take_vectors(norm, record.on_trial.get(norm._place))
         return
-    record = norm.record_of_compiled
-    if record is not None:
-        _take_vectors(norm, record.on_trial.get(norm._place))
+    _take_vectors(norm, record.on_trial.pop(record.index[id(norm)], None))
+    group = None if norm._group is None else norm._group()
+    if group is not None:
+        group.trial_ended(norm)
 
 
 def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> None:

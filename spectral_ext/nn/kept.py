@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .active import Part
+from .parametrization import SpectralNorm
 from .plan import Plan, UnitTensors
 from .sharded import local_part
 
@@ -77,29 +78,44 @@ class Kept:
             and not any(w and not u for w, u in zip(wanted, self._updated, strict=True))
         )
 
-    def renew(self, plan: Plan) -> None:
-        """Take the vectors of the layers themselves for those that the layers had on trial."""
-        tensors = plan.gather()
-        if plan is self._plan and tensors is not None and self._state is not None:
-            self._state = _state_of(plan, tensors)
+    def renew(self, norm: SpectralNorm) -> None:
+        """Take the vectors of a layer itself for the copies that it had on trial."""
+        place = self._plan.index.get(id(norm))
+        if place is None or self._state is None:
+            return
+        if norm._u.is_inference() or norm._v.is_inference():
+            self._state = None
+        else:
+            self._state[1][place], self._state[2][place] = map(_trace_of, (norm._u, norm._v))
 
     def can_attach(self, place: int) -> bool:
         """Return whether a unit can get a graph node without being computed again."""
         return place in self._attachable
 
 
-def _state_of(plan: Plan, tensors: UnitTensors) -> list[tuple[int, int]] | None:
-    """Return what shows a change of the tensors; None where nothing would."""
-    weights = [w for unit, w in enumerate(tensors.weights) if unit not in plan.gathered]
+# The version and the address of a tensor; None where they say nothing.
+_Trace = tuple[int, int] | None
+
+
+def _state_of(plan: Plan, tensors: UnitTensors) -> list[list[_Trace]] | None:
+    """Return what shows a change of weights, ``u`` and ``v``; None where nothing would."""
     state = []
-    for column in (weights, tensors.us, tensors.vs):
-        for tensor in column:
-            if isinstance(tensor, Tensor):
-                tensor = local_part(tensor)
-                if tensor.is_inference():  # has no version
-                    return None
-                state.append((tensor._version, tensor.data_ptr()))
+    for column, gathered in ((tensors.weights, plan.gathered), (tensors.us, ()), (tensors.vs, ())):
+        traces: list[_Trace] = []
+        for unit, tensor in enumerate(column):
+            if tensor is None or unit in gathered:
+                traces.append(None)
+                continue
+            tensor = local_part(tensor)
+            if tensor.is_inference():  # has no version
+                return None
+            traces.append(_trace_of(tensor))
+        state.append(traces)
     return state
+
+
+def _trace_of(tensor: Tensor) -> _Trace:
+    return tensor._version, tensor.data_ptr()
 
 
 def is_capturing(device: torch.device) -> bool:

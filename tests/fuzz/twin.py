@@ -40,6 +40,11 @@ class Norm(NamedTuple):
         return isinstance(self.norm, StockHook)
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether it is a hook in a group and was never called."""
+        return isinstance(self.norm, QuietHook) and not self.norm.called
+
+    @property
     def training(self) -> bool:
         return self.module.training if self.is_hook else self.norm.training
 
@@ -203,14 +208,15 @@ class TwinGroup:
             if not of_the_user:
                 self.sigmas_before = self.sigmas
                 self.sigmas = {norm.name: norm.sigma() for norm in members}
+            waiting = [norm for norm in members if norm.is_waiting]
+            went_well = False
             try:
                 yield
-                self.first_calls(members)
-                self.has_run = True
-            except BaseException:
-                self.first_calls(members)
-                raise
+                went_well = True
             finally:
+                self.first_calls(members)
+                self.has_run |= went_well
+                self.sigmas |= {norm.name: norm.sigma() for norm in waiting if not norm.is_waiting}
                 for norm in members:
                     if norm.is_hook:
                         norm.norm.quiet, norm.norm.first = False, None
@@ -249,7 +255,7 @@ class TwinGroup:
     def first_calls(self, members: list[Norm]) -> None:
         """Note what first calls of hooks have done; a layer that waits for its one is computed again."""
         if self.kept is not None:
-            waits = any(norm.is_hook and not norm.norm.called for norm in members)
+            waits = any(norm.is_waiting for norm in members)
             self.kept = None if waits and not self.has_run else self.kept
             self.kept_state = self.state(members)
 

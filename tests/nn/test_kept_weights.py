@@ -8,6 +8,7 @@ import pytest
 import torch
 from nets import OURS, assert_close, inputs, make
 from torch import nn
+from torch.nn.utils import spectral_norm
 
 import spectral_ext
 
@@ -109,3 +110,20 @@ def test_a_captured_forward_computes_and_leaves_nothing(update, backend, monkeyp
     capturing = False
     net(inputs())
     assert len(computed) == 2, "a forward took what an earlier one left, after a capture"
+
+
+@pytest.mark.parametrize("what", [None, "weight_orig", "weight_u", "weight_v"])
+def test_a_change_after_the_first_forward_of_hook_layers_is_seen(what, backend):
+    """Layers are on trial in that forward, and take its vectors over when they are called."""
+    net = nn.Sequential(*(spectral_norm(nn.Linear(4, 4).double()) for _ in range(2)))
+    spectral_ext.fuse(net, update="step", backend=backend)
+    x = torch.randn(2, 4).double()
+    net(x)
+    before = net[1].weight_u.clone()
+    if what is not None:
+        with torch.no_grad():
+            changed = getattr(net[0], what)
+            changed.copy_(nn.functional.normalize(torch.randn_like(changed), dim=0))
+    output = net(x)
+    assert torch.equal(net[1].weight_u, before) is (what is None)
+    assert_close(output, spectral_ext.bake(net)(x), "output")
