@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..normalization import Results
-from .history import NO_REGIONS, Entry, Regions
+from .history import NO_REGIONS, Entry, Regions, may_be_reentrant
 from .sharded import ShardedResults, ShardedUnit
 
 __all__ = [
@@ -46,6 +46,7 @@ class Record:
         parts: the computations that it was made of.
         recompute: computes one place again, without update, in the graph.
         finish: makes the weight of a place from what is attached to the graph.
+        gains: the learned factors of the places, if any has one.
         sizes: the lengths of ``u`` and ``v`` of every place.
         regions: the checkpoints that were open.
 
@@ -57,6 +58,7 @@ class Record:
         "below",
         "detached",
         "finish",
+        "gains",
         "index",
         "normalized",
         "of_compiled",
@@ -80,6 +82,7 @@ class Record:
         finish: Callable[[int, Tensor], Tensor] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         regions: Regions = NO_REGIONS,
+        gains: Sequence[Tensor | None] = (),
     ) -> None:
         self.index = index
         self.weights = weights
@@ -87,6 +90,7 @@ class Record:
         self.parts = parts
         self.recompute = recompute
         self.finish = finish
+        self.gains = gains
         self.sizes = sizes
         self.regions = regions
         # Computed without gradients: an access that wants them attaches its layer then.
@@ -121,6 +125,11 @@ class Record:
         finish = self.finish
         with hidden_saves():
             return unit.normalized(weight, lambda x: x if finish is None else finish(place, x))
+
+    def wants_grad(self, place: int) -> bool:
+        """Return whether the weight at ``place`` has a gradient where gradients are on."""
+        gain = self.gains[place] if self.gains else None
+        return self.weights[place].requires_grad or (gain is not None and gain.requires_grad)
 
     def attach(self, place: int) -> Tensor:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
@@ -175,7 +184,11 @@ def is_plain(record: Record | None, training: bool = True) -> bool:
         record: that of the weight; None to compute the layer alone, in ``training`` or in eval mode.
     """
     off = not training if record is None else record.detached and record.below is None
-    return top_hooks(False) is None and graph_task() == -1 and (off or grad_enabled())
+    return (
+        top_hooks(False) is None
+        and graph_task() == -1
+        and (off or grad_enabled() or not may_be_reentrant())
+    )
 
 
 def serving(record: Record | None, parametrization: int, weight: Tensor) -> Record | None:
@@ -209,7 +222,7 @@ def lookup(record: Record | None, parametrization: int, weight: Tensor) -> Tenso
                 # The cheap questions first: this is asked for every access of every weight.
                 if not record.detached or not torch.is_grad_enabled():
                     return normalized
-                if normalized.requires_grad or not weight.requires_grad:
+                if normalized.requires_grad or not record.wants_grad(place):
                     return normalized
                 return record.attach(place)
         record = record.below

@@ -166,6 +166,9 @@ def fuse(
         else:
             why = ", they were all left out" if everything else "; apply one to its layers first"
         raise ValueError(f"{type(model).__name__} has no spectral norm to fuse{why}")
+    for found in chosen:
+        if isinstance(found.norm, StockHook):
+            hook_layout.refuse_other_tensors(found.module, found.norm, found.label)
     candidates = [found.candidate() for found in chosen]
     for found, candidate in zip(chosen, candidates, strict=True):
         if isinstance(found.norm, StockHook):

@@ -20,7 +20,7 @@ from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists, spectral_norms
-from .history import NO_REGIONS, Regions, open_regions
+from .history import NO_REGIONS, Regions, may_be_reentrant, open_regions
 from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
@@ -403,7 +403,8 @@ class SpectralGroup:
         plan, tensors = self._gather()
         training = plan.training()
         if regions is NO_REGIONS and not torch.is_grad_enabled() and any(training):
-            regions = open_regions()  # a reentrant checkpoint turns gradients off
+            # A reentrant checkpoint turns gradients off.
+            regions = open_regions() if may_be_reentrant() else NO_REGIONS
         if regions.replayed is not None:
             return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}
@@ -461,6 +462,7 @@ class SpectralGroup:
             plan.with_gain,
             plan.sizes,
             regions,
+            plan.gains if plan.has_gains else (),
         )
         entry = record.entry if regions.recorded else None
         if entry is not None:
@@ -533,8 +535,12 @@ class SpectralGroup:
                 self._kept = None
             cached: list[Tensor | None] = [None] * len(training)
             places = list(range(len(training)))
+            if traced:  # no transform lets a hook copy into its vectors, and so the hook computes
+                left_out = plan.on_trial(training)
+                places = [place for place in places if place not in left_out]
             if parametrize._cache_enabled:  # of a sharded layer the cache takes the weight, later
-                places = [i for i in take_from_cache(plan, cached) if i not in plan.sharded]
+                missing = take_from_cache(plan, cached)
+                places = [i for i in places if i in missing and i not in plan.sharded]
             updates = [mode and self.update != "manual" for mode in training]
             parts = self._normalize(plan, tensors, places, updates)
             new = plan.with_gains(_join_normalized(parts, len(training)))

@@ -32,7 +32,7 @@ from torch.utils import checkpoint
 
 from ..normalization import is_traced
 
-__all__ = ["NO_REGIONS", "Entry", "Notes", "Regions", "open_regions"]
+__all__ = ["NO_REGIONS", "Entry", "Notes", "Regions", "may_be_reentrant", "open_regions"]
 
 _NAMES = ("checkpoint", "recompute")
 # Where the notes are kept, in the frame or in the ``ctx``.
@@ -177,6 +177,20 @@ def open_regions() -> Regions:
     if not torch.is_grad_enabled():
         recorded += [_Region(_notes_of(ctx, False), None) for ctx in _contexts()]
     return Regions(replayed, recorded) if recorded or replayed else NO_REGIONS
+
+
+def may_be_reentrant() -> bool:
+    """Return whether the forward of a reentrant checkpoint may be on the stack: a quick look.
+
+    Asked where gradients are off, in every forward in training.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _notes_of(holder: Any, complete: bool) -> Notes:

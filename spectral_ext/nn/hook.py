@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..normalization import is_traced
-from .active import Record, active, hidden_saves, is_plain, serving
+from .active import Record, active, hidden_saves, is_plain, serving, top_hooks
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
 from .parametrization import LastWeight, SpectralNorm, StockHook
 from .sharded import is_sharded
@@ -186,7 +186,7 @@ def _take_vectors(norm: SpectralNorm, vectors: tuple[Tensor, Tensor] | None) -> 
 
 def _without_update(norm: SpectralNorm, weight: Tensor) -> Tensor:
     """Compute a layer alone with the vectors that it has."""
-    if is_dynamo_compiling():
+    if is_dynamo_compiling() or top_hooks(False) is None:
         return norm._compute(weight, False)[0]
     with hidden_saves():
         return norm._compute(weight, False)[0]

@@ -13,7 +13,14 @@ from .dynamic_class import parametrization_lists, take_off
 from .hook import GroupHook
 from .parametrization import LastWeight, SpectralNorm, StockHook
 
-__all__ = ["as_parametrization", "remove_hook", "replace_hook", "restore_hook", "was_called"]
+__all__ = [
+    "as_parametrization",
+    "refuse_other_tensors",
+    "remove_hook",
+    "replace_hook",
+    "restore_hook",
+    "was_called",
+]
 
 
 def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
@@ -28,6 +35,23 @@ def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
         norm.register_buffer(name, module._buffers[hook.name + name])
     norm.train(module.training)
     return norm
+
+
+def refuse_other_tensors(module: Module, hook: StockHook, label: str) -> None:
+    """Raise unless the tensors of a hook are where the hook has put them."""
+    name = hook.name
+    if f"{name}_orig" not in module._parameters:
+        raise ValueError(
+            f"{label}: {name}_orig of torch.nn.utils.spectral_norm is not a parameter any more; a pruning "
+            f"mask on it, for instance, makes it before each call. Remove what has replaced it "
+            f"(torch.nn.utils.prune.remove(module, '{name}_orig')), or leave the layer out with exclude"
+        )
+    for key in (f"{name}_u", f"{name}_v"):
+        if key not in module._buffers:
+            raise ValueError(
+                f"{label}: {key} of torch.nn.utils.spectral_norm is not a buffer any more; make it one "
+                "again, or leave the layer out with exclude"
+            )
 
 
 def replace_hook(module: Module, hook: StockHook, norm: SpectralNorm) -> None:

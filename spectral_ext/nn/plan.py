@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend
-from ..normalization import PreparedCall, prepare, with_gain
+from ..normalization import PreparedCall, is_traced, prepare, with_gain
 from ..reference import Order
 from ..settings import Settings
 from .dynamic_class import parametrization_lists
@@ -209,7 +209,8 @@ class Plan:
         self._units_of_weight = Counter(id(weight) for weight in columns.weights)
         self.weight_ids = {id(weight) for weight in columns.weights}
         self._norms = leads
-        self.has_gains = any(p.learned_gain is not None for p in leads)
+        self.gains = [p.learned_gain for p in leads]
+        self.has_gains = any(gain is not None for gain in self.gains)
         # For each unit whose layers all came with PyTorch's hook, the hooks.
         self.hooks: dict[int, list[Any]] = {}
         others = set()
@@ -322,6 +323,12 @@ class Plan:
                 return False
         return True
 
+    def on_trial(self, training: list[bool]) -> list[int]:
+        """Return the units on trial whose vectors would advance."""
+        if not self.has_trial:
+            return []
+        return [unit for unit in self.hooks if training[unit] and self.is_on_trial(unit)]
+
     def is_without_bypassed(self) -> bool:
         """Return whether the plan has no layer that the group does not compute any more."""
         return not any(p.is_bypassed for p in self._parametrizations)
@@ -337,13 +344,11 @@ class Plan:
         for norm in self._hooked:
             if norm._hook.called:
                 norm.__dict__["_last_weight"] = None
-        if not self.has_trial:
+        if not self.has_trial or is_traced():
             return tensors, {}
         weights, us, vs = tensors.weights, list(tensors.us), list(tensors.vs)
         copies: dict[int, tuple[Tensor, Tensor]] = {}
-        for unit in filter(self.is_on_trial, self.hooks):
-            if not training[unit]:
-                continue  # its vectors stay as they are
+        for unit in self.on_trial(training):
             u, v = us[unit], vs[unit]
             assert u is not None and v is not None
             copies[unit] = us[unit], vs[unit] = u.detach().clone(), v.detach().clone()

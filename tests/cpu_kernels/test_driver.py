@@ -64,8 +64,8 @@ def builder(tmp_path_factory):
     return Builder(tmp_path_factory.mktemp("driver"))
 
 
-def run(program):
-    return subprocess.run([program], capture_output=True, text=True, check=False)
+def run(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
 def can_run(flags, folder):
@@ -102,8 +102,8 @@ NO_WAIT = ("schedule.cpp", "wait_for(finished, item.required);", "(void)wait_for
 def test_race_is_seen(builder, tmp_path):
     if not can_run(THREAD, tmp_path):
         pytest.skip("the compiler has no ThreadSanitizer, or it does not run here")
-    assert run(builder.build(THREAD, [IN_TURNS])).returncode == 0
-    result = run(builder.build(THREAD, [IN_TURNS, NO_WAIT]))
+    assert run(builder.build(THREAD, [IN_TURNS]), "one call").returncode == 0
+    result = run(builder.build(THREAD, [IN_TURNS, NO_WAIT]), "one call")
     assert result.returncode != 0
     assert "data race" in result.stderr
 
@@ -118,7 +118,7 @@ PAST_THE_END = (
 def test_write_past_the_end_is_seen(builder, tmp_path):
     if not can_run(ADDRESS, tmp_path):
         pytest.skip("the compiler has no AddressSanitizer, or it does not run here")
-    result = run(builder.build(ADDRESS, [PAST_THE_END]))
+    result = run(builder.build(ADDRESS, [PAST_THE_END]), "one call")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
 

@@ -160,3 +160,36 @@ def test_an_adjoint_solver_in_a_checkpoint(kind, reentrant):
         z.square().sum().backward()
         models.append(model)
     assert_same(models[1], models[0])
+
+
+class WithGradients(nn.Module):
+    """Its forward turns gradients on, whatever they were on entry."""
+
+    def __init__(self, gain):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4, dtype=torch.float64)
+        self.layer = spectral_ext.spectral_norm(layer, gain=gain)
+        self.layer.parametrizations.weight.original.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            return self.layer(x)
+
+
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("update", ["forward", "step", "manual"])
+@pytest.mark.parametrize("gain", ["one", "sigma_per_channel"])
+def test_the_gain_of_a_frozen_weight_has_its_gradient(gain, update, no_grad):
+    alone, fused = WithGradients(gain), WithGradients(gain)
+    spectral_ext.fuse(fused, update=update)
+    if update == "manual":
+        fused._spectral_group.iterate()
+    x = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for model in (alone, fused):
+        with no_grad():
+            y = model(x)
+        y.square().sum().backward()
+    found, expected = (m.layer.parametrizations.weight[0].gain.grad for m in (fused, alone))
+    assert_close(found, expected, "gradient of the gain")
+    assert fused.layer.parametrizations.weight.original.grad is None

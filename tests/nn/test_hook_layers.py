@@ -628,3 +628,15 @@ def test_the_passes_of_a_step_share_the_tensor_of_a_root():
     before = net.weight_u.clone(), net.inner.weight_u.clone()
     net(inputs())
     assert torch.equal(net.weight_u, before[0]) and torch.equal(net.inner.weight_u, before[1])
+
+
+@pytest.mark.parametrize("suffix", ["orig", "u", "v"])
+def test_a_tensor_of_the_hook_that_is_another_kind_of_attribute_is_refused_by_name(suffix):
+    net = nn.Sequential(spectral_norm(nn.Linear(6, 6)))
+    value = getattr(net[0], f"weight_{suffix}").detach().clone()
+    delattr(net[0], f"weight_{suffix}")
+    setattr(net[0], f"weight_{suffix}", value)
+    with pytest.raises(ValueError, match=rf"0\.weight of Linear: weight_{suffix} .*exclude"):
+        spectral_ext.fuse(net)
+    assert type(net) is nn.Sequential and type(net[0]) is nn.Linear
+    net(inputs())
