@@ -13,7 +13,14 @@ from .dynamic_class import parametrization_lists, take_off
 from .hook import GroupHook
 from .parametrization import LastWeight, SpectralNorm, StockHook
 
-__all__ = ["as_parametrization", "refuse_other_tensors", "remove_hook", "replace_hook", "restore_hook", "was_called"]
+__all__ = [
+    "as_parametrization",
+    "refuse_other_tensors",
+    "remove_hook",
+    "replace_hook",
+    "restore_hook",
+    "was_called",
+]
 
 
 def as_parametrization(module: Module, hook: StockHook) -> SpectralNorm:
