@@ -203,10 +203,6 @@ def build(
     model = {"net": Net, "normalized_root": NormalizedRoot, "shared": Shared}[root](made)
     if root == "normalized_root":
         spec = BlockSpec(*blocks[0])
-        if (
-            spec.norm == "hook"
-        ):  # it would run before the forward of the root, and so before the group
-            spec = BlockSpec("linear")
         normalize(model, "weight", spec, backend)
     return model
 

@@ -52,8 +52,6 @@ def forward_and_backward(side: Side, context: str, seed: int) -> Tensor:
 def forward_with_grad_inside_no_grad(side: Side, seed: int) -> Any:
     """The forward is entered without gradients, and its first block asks for them."""
     skip_unless(not any(norm.is_hook for norm in side.pair.twin.norms()))
-    gains = [norm for norm in side.norms() if getattr(norm.norm, "gain", None) is not None]
-    skip_unless(all(norm.weight.requires_grad for norm in gains))
     found = []
 
     def grad_inside(module: Any, args: Any) -> None:
@@ -111,7 +109,10 @@ def keep_loss(side: Side, seed: int) -> Tensor:
 def backward_of_kept_loss(side: Side, retain: bool) -> None:
     """Only where stock allows it: no weight was changed since."""
     twin = side.pair.twin
-    skip_unless("loss" in side.kept)
+    if "loss" not in side.kept:
+        skip_unless(side.pair.all_are_in_groups())
+        keep_loss(side, 0)
+        side.model(inputs(1))
     loss, before = side.kept["loss"]
     if before != versions(twin) or not loss.requires_grad:
         del side.kept["loss"]
@@ -142,13 +143,13 @@ def functional_call(side: Side, seed: int, factor: float) -> list[Tensor]:
 @operation(seed=SEED)
 def func_grad(side: Side, seed: int) -> Any:
     """``torch.func.grad`` in evaluation; in training stock cannot."""
-    skip_unless(not any(module.training for module in side.model.modules()))
     own = {name: p.detach() for name, p in side.model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return squares(torch.func.functional_call(side.model, parameters, (inputs(seed),)))
 
-    gradients = torch.func.grad(loss)(own)
+    with side.evaluating():
+        gradients = torch.func.grad(loss)(own)
     return list(gradients.values())
 
 

@@ -47,7 +47,9 @@ def optimizer_step(side: Side, passes: int, seed: int) -> Tensor:
 @operation(of_the_pair=True)
 def exchange_optimizer_states(pair: Pair) -> None:
     """Resume each of both from the checkpoint of the other's optimizer."""
-    skip_unless(all(side.optimizer is not None for side in pair.sides))
+    for side in pair.sides:
+        if side.optimizer is None or not side.optimizer.state:
+            optimizer_step(side, 1, 0)
     states = [copy.deepcopy(side.optimizer.state_dict()) for side in pair.sides]
     for side, state in zip(pair.sides, states[::-1], strict=True):
         side.optimizer = OPTIMIZERS[side.kept["optimizer"]](list(side.model.parameters()))

@@ -1,7 +1,8 @@
 """A fused model and its twin: operations are done to both, and all that can be seen is compared."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,17 @@ class Side:
 
     def unfuse(self) -> None:
         spectral_ext.unfuse(self.model)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch to eval mode, and back to the mode of each module."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def has_changed(self) -> None:
         """Say that weights were changed in a way that versions do not show."""
@@ -231,12 +243,8 @@ class Pair:
         with torch.no_grad():
             found = self.fused.model(x)
         self.adopt_vectors()
-        modes = {module: module.training for module in self.twin.model.modules()}
-        self.twin.model.eval()
-        with torch.no_grad():
+        with self.twin.evaluating(), torch.no_grad():
             close(found, self.twin.model(x), "output", self.tolerance)
-        for module, mode in modes.items():
-            module.training = mode
         self.twin.has_changed()
 
 

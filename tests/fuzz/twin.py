@@ -9,6 +9,8 @@ This file is the only place that knows in which ways a fused model is meant to d
 - With ``update="step"`` a training forward advances ``u`` and ``v`` only if something has changed since
   the last one, or a forward in evaluation was in between; with ``"manual"`` none does. After a capture
   every training forward computes. ``TwinGroup.advances`` and ``note`` decide it.
+- The hook of a root's own tensor leaves its weight to the entry, which computes it once. Under
+  ``parametrize.cached()`` of the user a group computes hook layers once, too.
 - A layer whose hook was never called is computed by its first call. One that is never called, because
   another module reads its weight, keeps the raw weight, as in stock.
 - Layers outside of a group, and all accesses outside of a root's forward, are stock's own.
@@ -114,11 +116,16 @@ class QuietHook(StockHook):
             norm.norm.called = not torch._C._is_alias_of(attribute.detach(), norm.weight.detach())
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if not self.quiet:
+        if not self.quiet and not self.is_of_root(module):
             update = module.training if self.first is None else self.first
             self.put_in_force(module, update)
             self.quiet, self.first = self.first is not None, None
         self.called = True
+
+    def is_of_root(self, module: nn.Module) -> bool:
+        """Return whether the forward of the module, which comes next, enters the group and computes it."""
+        forward = module.__dict__.get("forward")
+        return forward is not None and id(self) in forward.__self__.ids
 
     def put_in_force(self, module: nn.Module, update: bool) -> None:
         buffers, own = module._buffers, dict(module._buffers)
@@ -152,8 +159,8 @@ class TwinGroup:
         self.kept_state: list[tuple[int, int]] = []
         self.was_captured = self.has_run = False
         # σ of each layer in the last forward and in the one before, which an interrupt may leave.
-        self.sigmas: dict[str, float] = {}
-        self.sigmas_before: dict[str, float] = {}
+        self.sigmas: dict[int, float] = {}
+        self.sigmas_before: dict[int, float] = {}
         for norm in members:
             if norm.is_hook:
                 QuietHook.install(norm)
@@ -207,16 +214,19 @@ class TwinGroup:
             self.note(members, advance)
             if not of_the_user:
                 self.sigmas_before = self.sigmas
-                self.sigmas = {norm.name: norm.sigma() for norm in members}
+                self.sigmas = {id(norm.norm): norm.sigma() for norm in members}
             waiting = [norm for norm in members if norm.is_waiting]
             went_well = False
             try:
                 yield
                 went_well = True
             finally:
-                self.first_calls(members)
+                if waiting:
+                    self.first_calls(members)
                 self.has_run |= went_well
-                self.sigmas |= {norm.name: norm.sigma() for norm in waiting if not norm.is_waiting}
+                self.sigmas |= {
+                    id(norm.norm): norm.sigma() for norm in waiting if not norm.is_waiting
+                }
                 for norm in members:
                     if norm.is_hook:
                         norm.norm.quiet, norm.norm.first = False, None
@@ -236,8 +246,13 @@ class TwinGroup:
     def compute(self, norm: Norm, update: bool) -> None:
         """Put the weight of one layer in force, and keep it so until the forward is left."""
         if norm.is_hook:
+            key = (id(norm.module), norm.tensor)
+            is_cached = key in parametrize._cache
+            if type(parametrize._cache) is dict:  # that of the user
+                parametrize._cache[key] = norm.weight  # says that the attribute of the module is it
             if norm.norm.called:
-                norm.norm.put_in_force(norm.module, update)
+                if not is_cached:
+                    norm.norm.put_in_force(norm.module, update)
                 norm.norm.quiet = True
             else:
                 norm.norm.first = update
@@ -254,7 +269,7 @@ class TwinGroup:
 
     def first_calls(self, members: list[Norm]) -> None:
         """Note what first calls of hooks have done; a layer that waits for its one is computed again."""
-        if self.kept is not None:
+        if self.kept is not None and not any(is_transformed(norm.weight) for norm in members):
             waits = any(norm.is_waiting for norm in members)
             self.kept = None if waits and not self.has_run else self.kept
             self.kept_state = self.state(members)
