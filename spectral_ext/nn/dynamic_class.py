@@ -250,6 +250,7 @@ def _parametrized_class(base: type[Module], tensors: dict[str, bool]) -> type[Mo
         "__prepare_scriptable__": _refuse_to_script,
         "__reduce_ex__": _reduce_ex,
         "_load_from_state_dict": _load_from_state_dict,
+        "register_parameter": _register_parameter,
     }
     cls = subclass(base, body)
     cls.__name__ = _name_of_class(base, tensors)
@@ -329,6 +330,15 @@ def _load_from_state_dict(
         if original in state_dict and type(norm) is not StockSpectralNorm:
             norm.__dict__["_start_from"] = list_  # for its vectors, once the weight is there
     super(_lowest(self), self)._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def _register_parameter(self: Any, name: str, param: Any) -> None:
+    """Take a parameter that is assigned to the ``weight_orig`` of PyTorch's hook."""
+    tensor_name = name.removesuffix("_orig")
+    if tensor_name != name and _kinds_of_tensors(self).get(tensor_name):
+        parametrization_lists(self)[tensor_name].original = param
+    else:
+        super(_lowest(self), self).register_parameter(name, param)
 
 
 def refuse_to_trace_what_is_cached() -> None:

@@ -65,6 +65,7 @@ class GroupHook(StockHook):
             # What compiled code keeps is an output of its graph; so it keeps only what is not in force.
             norm._last_weight = None if is_in_force else LastWeight(normalized)
         else:
+            self.give_settings(norm, weight)
             if not self.called:
                 _end_trial(norm, weight)
             in_force = norm._weight_in_force(weight)
@@ -72,6 +73,14 @@ class GroupHook(StockHook):
                 in_force = norm(weight)  # alone, or as a checkpoint has to note it
             self.keep(list_, in_force)
         self.called = True
+
+    def give_settings(self, norm: SpectralNorm, weight: Tensor) -> None:
+        """Let the parametrization have the settings that were assigned to this hook."""
+        norm.__dict__["n_power_iterations"], norm.__dict__["eps"] = (
+            self.n_power_iterations,
+            self.eps,
+        )
+        norm.__dict__["dim"] = self.dim % weight.ndim if -weight.ndim <= self.dim < 0 else self.dim
 
     @staticmethod
     def keep(list_: ParametrizationList, normalized: Tensor | None) -> None:

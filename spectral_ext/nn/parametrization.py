@@ -32,6 +32,7 @@ __all__ = [
     "GAINS",
     "INITS",
     "IN_GROUP",
+    "SETTINGS_OF_HOOK",
     "Gain",
     "Init",
     "LastWeight",
@@ -55,6 +56,8 @@ GAINS, INITS = get_args(Gain), get_args(Init)
 # The attributes of a layer that is in a group.
 IN_GROUP = ("_group", "_visible", "_place")
 _NOT_COPIED = (*IN_GROUP, "_last_weight", "_start_from")
+# The settings that PyTorch's hook has too.
+SETTINGS_OF_HOOK = ("n_power_iterations", "dim", "eps")
 _SETTINGS = {*LayerSettings._fields, "backend"}
 
 
@@ -390,6 +393,8 @@ class SpectralNorm(StockSpectralNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name in SETTINGS_OF_HOOK and self._hook is not None:
+            setattr(self._hook, name, value)
         if name in _SETTINGS and self._group is not None:
             group = self._group()
             if group is not None:

@@ -22,7 +22,7 @@ from ..normalization import PreparedCall, is_traced, prepare, with_gain
 from ..reference import Order
 from ..settings import Settings
 from .dynamic_class import parametrization_lists
-from .parametrization import SpectralNorm
+from .parametrization import SETTINGS_OF_HOOK, SpectralNorm
 from .sharded import is_sharded
 
 __all__ = ["Layer", "Plan", "UnitTensors"]
@@ -169,6 +169,9 @@ class Plan:
         self._vectors: list[dict[str, Any]] = [
             {"_u": None, "_v": None} if p.is_vector else p._buffers for p in self._parametrizations
         ]
+        for p, home in zip(self._parametrizations, self._homes, strict=True):
+            if p._hook is not None:
+                p._hook.give_settings(p, home["original"])
         self.check()
         self.unit_of_layer = self._find_units()
         self.index = {
@@ -246,6 +249,11 @@ class Plan:
             (p._parameters, "gain", p.learned_gain)
             for p in self._parametrizations
             if p.learned_gain is not None
+        ]
+        places += [
+            (p._hook.__dict__, name, p._hook.__dict__[name])
+            for p in self._hooked
+            for name in SETTINGS_OF_HOOK
         ]
         places += [  # a pruned weight is a parameter again, an offloaded one is loaded
             (parameters, "original", parameters.get("original"))

@@ -640,3 +640,30 @@ def test_a_tensor_of_the_hook_that_is_another_kind_of_attribute_is_refused_by_na
         spectral_ext.fuse(net)
     assert type(net) is nn.Sequential and type(net[0]) is nn.Linear
     net(inputs())
+
+
+@pytest.mark.parametrize("update", ["forward", "step"])
+@pytest.mark.parametrize("through", ["group", "alone", "copy"])
+def test_settings_and_weights_assigned_where_the_hook_has_them_are_followed(through, update):
+    stock, net = pair(Bypassing, update=update)
+    train(stock, 1), train(net, 1)
+    if through == "copy":
+        net, original = copy.deepcopy(net), net
+        expected = tensors(original)
+    weight = torch.randn(6, 6)
+    for model in (stock, net):
+        hook = next(h for h in model.inp._forward_pre_hooks.values() if isinstance(h, StockHook))
+        hook.n_power_iterations, hook.eps = 4, 1e-6
+        model.inp.weight_orig = nn.Parameter(weight.clone())
+        model.out.weight_orig = nn.Parameter(weight[:1].clone())
+    calls = {"alone": lambda model: model.inp(inputs()), "group": lambda model: model(inputs())}
+    call = calls.get(through, calls["group"])
+    assert_close(call(net), call(stock), "output")
+    assert_same(net, stock)
+    assert net.inp.parametrizations.weight[0].n_power_iterations == 4
+    net.inp.parametrizations.weight[0].n_power_iterations = 2
+    hook = next(h for h in net.inp._forward_pre_hooks.values() if isinstance(h, StockHook))
+    assert hook.n_power_iterations == 2
+    if through == "copy":
+        assert all(torch.equal(value, expected[name]) for name, value in tensors(original).items())
+        assert original.inp.parametrizations.weight[0].n_power_iterations == 1
