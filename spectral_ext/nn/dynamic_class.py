@@ -375,7 +375,11 @@ def _tensor_property(tensor_name: str) -> property:
         return tensor
 
     def set_(self: Any, value: Tensor) -> None:
-        self.parametrizations[tensor_name].right_inverse(value)
+        list_ = self.parametrizations[tensor_name]
+        for norm in list_:
+            if isinstance(norm, StockSpectralNorm):  # the group may hold what is swapped
+                getattr(norm, "forget_calls", lambda: None)()
+        list_.right_inverse(value)
 
     return property(get, set_)
 

@@ -326,6 +326,8 @@ class SpectralNorm(StockSpectralNorm):
         self, weight: Tensor, update: bool, vectors: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Results]:
         """Normalize this layer alone, with its own vectors or with others."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self.forget_calls()  # the weight may be read to be taken off its module
         u, v = vectors or (self._buffers.get("_u"), self._buffers.get("_v"))
         if is_sharded(weight):
             return self._normalize_shards(weight, u, v, update)
@@ -415,7 +417,7 @@ class SpectralNorm(StockSpectralNorm):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Follow the weight to devices and dtypes, but with wide vectors not to half precision."""
-        self._forget_calls()
+        self.forget_calls()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, vector in before.items():
@@ -428,7 +430,7 @@ class SpectralNorm(StockSpectralNorm):
                 self._buffers[name] = vector.to(now.device, compute_dtype(now.dtype))
         return self
 
-    def _forget_calls(self) -> None:
+    def forget_calls(self) -> None:
         """Let the group hold no tensor in C++, before torch may exchange the weight."""
         group = None if self._group is None else self._group()
         if group is not None:
