@@ -127,7 +127,7 @@ def test_every_layer_of_the_discriminator_is_normalized_and_it_hears_the_caption
     assert not layers  # parameters are in parametrized modules alone, and in their lists
     normalized = [m for m in discriminator.modules() if parametrize.is_parametrized(m)]
     kinds = [type(m).__name__ for m in normalized]
-    assert kinds == ["Conv2d"] * 5 + ["Linear", "Embedding"]
+    assert kinds == ["ParametrizedConv2d"] * 5 + ["ParametrizedLinear", "ParametrizedEmbedding"]
     images, tokens = torch.randn(2, 1, 16, 16), torch.tensor([[1, 2, 0], [1, 2, 0]])
     discriminator.eval()
     same, other = discriminator(images, tokens), discriminator(images, tokens + 3 * (tokens > 0))
