@@ -117,7 +117,7 @@ def backward_of_kept_loss(side: Side, retain: bool) -> None:
     if before != versions(twin) or not loss.requires_grad:
         del side.kept["loss"]
         if side is side.pair.fused:
-            twin.kept.pop("loss")
+            twin.kept.pop("loss", None)
         skip_unless(False)
     loss.backward(retain_graph=retain)
     if not retain:
