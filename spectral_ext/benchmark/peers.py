@@ -121,7 +121,6 @@ def ours(layers: Sequence[Layer], setting: Setting, backend: str | None = None) 
     """Stock's modules after ``spectral_ext.fuse``."""
     net = Weights(layers, setting)
     fuse(net, update=setting.update, backend=backend)
-    net.is_hooked = False  # the hooks are parametrizations now
     return net.peer(setting)
 
 
