@@ -127,3 +127,15 @@ def test_a_change_after_the_first_forward_of_hook_layers_is_seen(what, backend):
     output = net(x)
     assert torch.equal(net[1].weight_u, before) is (what is None)
     assert_close(output, spectral_ext.bake(net)(x), "output")
+
+
+def test_a_first_forward_in_inference_mode_serves_the_next_one(backend):
+    """Of layers with PyTorch's hook, whose first forward advances copies of u and v."""
+    net = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 4)))
+    spectral_ext.fuse(net, update="step", backend=backend)
+    x = torch.randn(2, 4)
+    with torch.inference_mode():
+        net(x)
+    u = net[0].weight_u.clone()
+    net(x).sum().backward()
+    assert torch.equal(net[0].weight_u, u)
