@@ -359,7 +359,8 @@ class Plan:
         for unit in self.on_trial(training):
             u, v = us[unit], vs[unit]
             assert u is not None and v is not None
-            with torch.inference_mode(False), torch.no_grad():  # else what is made of them is not kept
+            # Not inference tensors: what is made of those cannot be kept.
+            with torch.inference_mode(False), torch.no_grad():
                 copies[unit] = us[unit], vs[unit] = u.clone(), v.clone()
         return UnitTensors(weights, us, vs), copies
 
