@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -215,13 +215,15 @@ class SpectralGroup:
             raise KeyError(f"{name!r} names {len(found)} layers of the group, which has: {names}")
         return self.sigmas[found[0]]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise: the model is called, not its group."""
-        root = type(self.root).__name__
-        raise TypeError(
-            f"a SpectralGroup is not callable: fuse(model) changes {root} in place and returns its group; "
-            "call the model itself"
-        )
+    if not TYPE_CHECKING:  # type checkers say it already
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Raise: the model is called, not its group."""
+            root = type(self.root).__name__
+            raise TypeError(
+                f"a SpectralGroup is not callable: fuse(model) changes {root} in place and returns its "
+                "group; call the model itself"
+            )
 
     def normalized(self) -> "_Entry":
         """Return a context manager that computes all layers and puts their weights in force.
