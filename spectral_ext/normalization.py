@@ -86,6 +86,7 @@ def normalize_layers(
     ``u_first``, whose ``u`` and ``v`` are None, are computed by the reference; all are where
     :func:`is_recorded`.
     """
+    settings = settings.with_least_eps(weights)
     if max(settings.blocks, default=1) > 1:
         return _normalize_blocks(weights, us, vs, settings, update, backend, bucket_bytes, dtype)
     devices, dtypes = {weight.device for weight in weights}, {weight.dtype for weight in weights}
@@ -209,6 +210,7 @@ def prepare(
         and all(u is not None for u in us)
         and max(settings.blocks) == 1
     )
+    settings = settings.with_least_eps(weights)
     return PreparedCall(weights, us, vs, settings, backend) if fit else None
 
 

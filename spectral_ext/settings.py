@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .reference import Order
 from .validation import check_blocks, check_settings, check_target
 
@@ -56,7 +59,7 @@ class Settings(NamedTuple):
         return cls(
             [int(layer.dim) for layer in layers],
             [int(layer.n_power_iterations) for layer in layers],
-            [max(float(layer.eps), LEAST_EPS) for layer in layers],
+            [float(layer.eps) or LEAST_EPS for layer in layers],
             [layer.order == "v_first" for layer in layers],
             [float(layer.tol) for layer in layers],
             [float(target) for target in targets],
@@ -64,6 +67,14 @@ class Settings(NamedTuple):
             [layer.detach_sigma for layer in layers],
             [int(layer.blocks) for layer in layers],
         )
+
+    def with_least_eps(self, weights: Sequence[Tensor]) -> "Settings":
+        """Return settings whose eps is not zero in the dtype that a weight is computed in."""
+        if min(self.eps, default=1.0) >= LEAST_EPS:
+            return self
+        wide = (torch.float64, torch.complex128)
+        pairs = zip(self.eps, weights, strict=True)
+        return self._replace(eps=[e if w.dtype in wide else max(e, LEAST_EPS) for e, w in pairs])
 
     def select(self, indices: Sequence[int]) -> "Settings":
         """Return the settings of some of the layers."""

@@ -152,6 +152,7 @@ def normalize_sharded(
         settings, update, backend, dtype: as in :func:`spectral_ext.normalization.normalize_layers`.
     """
     count = len(weights)
+    settings = settings.with_least_eps(weights)
     found: list[Any] = [None] * count
     cuts: list[_Cut] = []
     places: list[int] = []
