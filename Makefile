@@ -45,7 +45,7 @@ $(GROUPS:%=test-%): test-%: $(VENV)/installed  ## the tests of one folder
 test-clients: $(VENV)/clients.json
 
 fuzz: $(VENV)/installed  ## compare fused models with PyTorch's through random operations (MINUTES=30, FUZZ_ARGS="--seed 1")
-	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/long_run.py --minutes $(MINUTES) $(FUZZ_ARGS)
 	$(BIN)/python tests/fuzz/malformed_calls.py --minutes $$(awk 'BEGIN { print $(MINUTES) / 10 }')
 
 bench: $(VENV)/installed  ## measure against others (BENCH_ARGS="headline" for a part), or AGAINST=a commit ("--at-most 1.03" fails if slower)

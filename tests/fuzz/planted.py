@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 import torch
 from registry import Skip
-from run import explore
+from long_run import explore
 
 import spectral_ext  # noqa: F401
 

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from machine import machine
 from registry import OPERATIONS
-from run import profile
+from long_run import profile
 
 
 @pytest.fixture(autouse=True)

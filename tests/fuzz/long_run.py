@@ -1,4 +1,4 @@
-"""Run the machine for some minutes: ``python tests/fuzz/run.py --minutes 30``.
+"""Run the machine for some minutes: ``python tests/fuzz/long_run.py --minutes 30``.
 
 It stops at the first failure, after hypothesis has made it small, and prints a script that repeats it.
 At the end it prints how often each operation ran.
