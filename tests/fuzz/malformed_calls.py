@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from judging import long_run
+from judging import run
 
 HEADER = """\
 import math, torch, spectral_ext

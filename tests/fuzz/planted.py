@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import machine
 import torch
-from registry import Skip
 from long_run import explore
+from registry import Skip
 
 import spectral_ext  # noqa: F401
 

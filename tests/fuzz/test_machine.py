@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from long_run import profile
 from machine import machine
 from registry import OPERATIONS
-from long_run import profile
 
 
 @pytest.fixture(autouse=True)
