@@ -18,7 +18,7 @@ class Versions:
         self._of_weights = [_version(weight) for weight in weights]
 
     def is_output_changed(self, layer: int) -> bool:
-        """Return whether an output is no longer what the forward returned."""
+        """Return whether an output was changed after the forward."""
         return _version(self._counters[layer]) != self._of_outputs[layer]
 
     def weight(self, node: Any, layer: int) -> Tensor:

@@ -789,7 +789,7 @@ class _Absent:
         self._parametrization = weakref.ref(layer.parametrization)
 
     def layer(self) -> Layer | None:
-        """Return the layer; None if it is no more."""
+        """Return the layer; None if it was deleted."""
         module, parametrization = self._module(), self._parametrization()
         if module is None or parametrization is None:
             return None

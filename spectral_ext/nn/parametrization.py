@@ -177,7 +177,7 @@ class SpectralNorm(StockSpectralNorm):
 
     @torch.no_grad()
     def warm_start(self, weight: Tensor, n_power_iterations: int = 15) -> None:
-        """Advance ``_u`` and ``_v`` by so many iterations, as after a large change of the weight.
+        """Advance ``_u`` and ``_v`` by the given number of iterations, as after a large change of the weight.
 
         They are unit vectors afterwards, whatever they were before.
         """

@@ -309,7 +309,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calls", type=int, default=None, help="so many, whatever the time")
+    parser.add_argument(
+        "--calls", type=int, default=None, help="the number of calls, whatever the time"
+    )
     arguments = parser.parse_args()
     end, failed = time.monotonic() + 60 * arguments.minutes, 0
     seed = arguments.seed

@@ -94,7 +94,7 @@ def snapshot_of(state: Any) -> Any:
 
 @operation(of_the_pair=True, seed=SEED)
 def load_weights_alone(pair: Pair, seed: int) -> None:
-    """A checkpoint without vectors: they are found anew. Stock keeps those that it has."""
+    """A checkpoint without vectors: they are computed again. Stock keeps those that it has."""
     for side in pair.sides:
         state = snapshot(side.model)
         generator = torch.Generator().manual_seed(seed)
