@@ -171,6 +171,24 @@ py::dict plan_backward(const std::vector<ShapeTuple>& shapes, const std::string&
       cuda::plan_backward(layers, cuda::consecutive_places(described), {tickets, 1 << 30}));
 }
 
+/// Whether each dictionary has, under its key, the very object that is named. Asked in every
+/// forward, for five objects of every layer.
+bool hold(const py::tuple& dictionaries, const py::tuple& keys, const py::tuple& objects) {
+  if (dictionaries.size() != keys.size() || keys.size() != objects.size()) {
+    throw std::invalid_argument("the tuples are not of one length");
+  }
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    PyObject* dictionary = PyTuple_GET_ITEM(dictionaries.ptr(), at);
+    if (!PyDict_Check(dictionary)) throw py::type_error("the first tuple is not of dictionaries");
+    PyObject* found = PyDict_GetItemWithError(dictionary, PyTuple_GET_ITEM(keys.ptr(), at));
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    PyObject* expected = PyTuple_GET_ITEM(objects.ptr(), at);
+    if (found != expected && !(found == nullptr && expected == Py_None)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace spectral_ext
 
@@ -178,6 +196,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The native library of spectral_ext.";
   m.def("build_info", &spectral_ext::build_info, "What the library was built from and with.");
   m.def("empty_cache", &spectral_ext::cpu::release_unused, "Return unused memory; how many bytes.");
+  m.def("hold", &spectral_ext::hold, py::arg("dictionaries"), py::arg("keys"), py::arg("objects"),
+        "Whether each dictionary has this object (or, for None, nothing) under its key.");
   m.def("plan_forward", &spectral_ext::plan_forward, py::arg("shapes"),
         py::arg("dtype") = "float32", py::arg("v_first") = false, py::arg("n_power_iterations") = 1,
         py::arg("update") = true, py::arg("tickets") = 264,

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class BuildInfo(TypedDict):
     torch: str  # the version that the library was compiled against
@@ -12,6 +12,9 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def empty_cache() -> int: ...
+def hold(
+    dictionaries: tuple[dict[str, Any], ...], keys: tuple[str, ...], objects: tuple[Any, ...]
+) -> bool: ...
 
 class Piece(TypedDict):
     layer: int

@@ -69,8 +69,9 @@ def test_without_a_bound_nothing_fails(run):
 
 
 @pytest.mark.parametrize(("slow_turns", "status"), [(7, 0), (9, 1)])
-def test_turns_of_noise_do_not_fail(run, slow_turns, status):
+def test_turns_of_noise_do_not_fail(run, compare, monkeypatch, slow_turns, status):
     """The 20 % quantile of ten ratios is the third one: with seven slow turns it is a fast one."""
+    monkeypatch.setattr(compare, "PAIRS", 1)
     calls = itertools.count()
 
     def milliseconds(tree, name, mode):
@@ -79,6 +80,18 @@ def test_turns_of_noise_do_not_fail(run, slow_turns, status):
         return 2.0 if 0 < next(calls) <= slow_turns else 1.0  # the first call finds the count
 
     assert run(milliseconds, "--at-most", "1.03", "--models", "1 x 8x8")[0] == status
+
+
+def test_turns_are_shared_by_pairs_of_processes(compare, run, monkeypatch):
+    """Each process is asked once for the count, then for its turns of each mode."""
+    monkeypatch.setattr(compare, "PAIRS", 4)
+    started = []
+    real = contextmanager(lambda *args: iter([started.append(args) or (args[0], "n")]))
+    monkeypatch.setattr(compare, "worker", real)
+    monkeypatch.setattr(compare, "ask", lambda process, mode, count: [1.0] * count)
+    rows = list(compare.compare("n", ("here", "there"), 10, 1, lambda: None))
+    assert len(started) == 2 * 4
+    assert all(len(row.ratios) == 10 for row in rows)
 
 
 def test_two_turns_are_needed(compare):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..normalization import Results
-from .history import NO_REGIONS, Entry, Regions, may_be_reentrant
+from .history import NO_REGIONS, Entry, Regions, forward_grad_enabled
 from .sharded import ShardedResults, ShardedUnit
 
 __all__ = [
@@ -172,23 +172,18 @@ active = _Active()
 # Bound once: every access of every weight asks for them.
 top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 graph_task = torch._C._current_graph_task_id
-grad_enabled = torch.is_grad_enabled
 
 
 def is_plain(record: Record | None, training: bool = True) -> bool:
     """Return whether no checkpoint can be open that was not when a weight was computed.
 
-    A reentrant one turns gradients off in its forward. Where they were off before, it is not recomputed.
+    Where gradients were off on entry, a reentrant one is not recomputed.
 
     Args:
         record: that of the weight; None to compute the layer alone, in ``training`` or in eval mode.
     """
     off = not training if record is None else record.detached and record.below is None
-    return (
-        top_hooks(False) is None
-        and graph_task() == -1
-        and (off or grad_enabled() or not may_be_reentrant())
-    )
+    return top_hooks(False) is None and graph_task() == -1 and (off or forward_grad_enabled())
 
 
 def serving(record: Record | None, parametrization: int, weight: Tensor) -> Record | None:

@@ -28,13 +28,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 from .active import (
     Record,
     active,
-    grad_enabled,
     graph_task,
     in_force,
     is_plain,
     lookup,
     top_hooks,
 )
+from .history import forward_grad_enabled
 from .hook_keys import read_hook_layout
 from .quiet_class import class_of_stock, quiet_class, subclass
 
@@ -362,7 +362,7 @@ def _tensor_property(tensor_name: str) -> property:
                 found = lookup(record, id(modules["0"]), original)
                 if found is not None:
                     # As is_plain says, without a call; what a checkpoint reads is noted.
-                    if grad_enabled() and top_hooks(False) is None and graph_task() == -1:
+                    if forward_grad_enabled() and top_hooks(False) is None and graph_task() == -1:
                         return found
                     return found if is_plain(record) else parametrizations()
         if not parametrize._cache_enabled:

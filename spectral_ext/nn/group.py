@@ -20,7 +20,7 @@ from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
 from .dynamic_class import GROUP, parametrization_lists, spectral_norms
-from .history import NO_REGIONS, Regions, may_be_reentrant, open_regions
+from .history import NO_REGIONS, Regions, forward_grad_enabled, open_regions
 from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
@@ -404,9 +404,8 @@ class SpectralGroup:
     def _compute(self, regions: Regions) -> Record:
         plan, tensors = self._gather()
         training = plan.training()
-        if regions is NO_REGIONS and not torch.is_grad_enabled() and any(training):
-            # A reentrant checkpoint turns gradients off.
-            regions = open_regions() if may_be_reentrant() else NO_REGIONS
+        if regions is NO_REGIONS and not forward_grad_enabled() and any(training):
+            regions = open_regions()
         if regions.replayed is not None:
             return self._compute_again(plan, tensors, regions)
         on_trial: dict[int, tuple[Tensor, Tensor]] = {}

@@ -11,8 +11,8 @@ Which checkpoints are open is read from autograd's state:
 - A non-reentrant checkpoint puts saved-tensor hooks in force, one kind for the forward and another for
   the recomputation. Both lead to its frame.
 - A reentrant checkpoint is a ``torch.autograd.Function`` with "checkpoint" or "recompute" in its name, as
-  in PyTorch, DeepSpeed, FairScale and Megatron. Its ``forward`` is found on the stack, where gradients are
-  off. In the recomputation it is the node that autograd evaluates.
+  in PyTorch, DeepSpeed, FairScale and Megatron. Its ``forward`` is found on the stack, where
+  gradients of forward mode are off. In the recomputation it is the node that autograd evaluates.
 
 Everything else that runs in a backward, such as the right-hand side of an adjoint solver, is an ordinary
 forward, which advances ``u`` and ``v`` as it does in PyTorch.
@@ -32,9 +32,11 @@ from torch.utils import checkpoint
 
 from ..normalization import is_traced
 
-__all__ = ["NO_REGIONS", "Entry", "Notes", "Regions", "may_be_reentrant", "open_regions"]
+__all__ = ["NO_REGIONS", "Entry", "Notes", "Regions", "forward_grad_enabled", "open_regions"]
 
 _NAMES = ("checkpoint", "recompute")
+# False in the forward of an ``autograd.Function``, and in ``inference_mode``.
+forward_grad_enabled = torch._C._is_fwd_grad_enabled
 # Where the notes are kept, in the frame or in the ``ctx``.
 _ATTRIBUTE = "_spectral_ext_notes"
 
@@ -174,23 +176,9 @@ def open_regions() -> Regions:
         if _is_checkpoint(node) and (replayed is None or _is_innermost(node)):
             replayed = _Region(_notes_of(node, False), task)
     recorded = of_hooks[last + 1 :]
-    if not torch.is_grad_enabled():
+    if not forward_grad_enabled():
         recorded += [_Region(_notes_of(ctx, False), None) for ctx in _contexts()]
     return Regions(replayed, recorded) if recorded or replayed else NO_REGIONS
-
-
-def may_be_reentrant() -> bool:
-    """Return whether the forward of a reentrant checkpoint may be on the stack: a quick look.
-
-    Asked where gradients are off, in every forward in training.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def _notes_of(holder: Any, complete: bool) -> Notes:

@@ -25,6 +25,17 @@ from .dynamic_class import parametrization_lists
 from .parametrization import SETTINGS_OF_HOOK, SpectralNorm
 from .sharded import is_sharded
 
+try:  # every forward asks it
+    from .._C import hold
+except ImportError:
+
+    def hold(
+        dictionaries: tuple[dict[str, Any], ...], keys: tuple[str, ...], objects: tuple[Any, ...]
+    ) -> bool:
+        """Return whether each dictionary has this object, or for None nothing, under its key."""
+        return all(map(is_, map(dict.get, dictionaries, keys), objects))
+
+
 __all__ = ["Layer", "Plan", "UnitTensors"]
 
 
@@ -313,9 +324,7 @@ class Plan:
     def gather(self) -> UnitTensors | None:
         """Return the tensors of all units; None if the plan does not hold any more."""
         if self._places:
-            dictionaries, names, found = self._places
-            # Looked at in every forward: loops without a line of Python in them.
-            if not all(map(is_, map(dict.get, dictionaries, names), found)):
+            if not hold(*self._places):
                 return None
             if list(map(len, self._children)) != self._counts:  # a module was added
                 return None
