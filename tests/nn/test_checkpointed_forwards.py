@@ -1,5 +1,6 @@
 """A checkpointed forward is recomputed with its own vectors, whatever lies between and around it."""
 
+import copy
 import threading
 
 import pytest
@@ -18,6 +19,8 @@ from checkpoints import (
 )
 from torch import nn
 from torch.nn.utils import spectral_norm as hook_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import spectral_ext
 
@@ -342,3 +345,37 @@ def test_a_recomputation_that_reads_a_weight_in_force_more_often(reentrant):
         gradients.append([h.grad, *(p.grad for p in model.parameters())])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_gradients_may_be_on_inside_of_a_reentrant_checkpoint():
+    """Its forward is known without a look at whether gradients are on."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                *(spectral_norm(nn.Linear(5, 5, dtype=torch.float64)) for _ in range(2))
+            )
+            self.is_checkpointed = True
+
+        def with_gradients(self, x):
+            with torch.enable_grad():
+                return self.layers(x).tanh()
+
+        def forward(self, x):
+            if self.is_checkpointed:
+                return checkpoint(self.with_gradients, x, use_reentrant=True)
+            return self.with_gradients(x)
+
+    ours = Block()
+    twin = copy.deepcopy(ours)
+    twin.is_checkpointed = False
+    spectral_ext.fuse(ours)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    for model in (ours, twin):
+        loss = model(x).sum()
+        model(x)  # moves u and v on
+        loss.backward()
+    for mine, theirs in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-13)
