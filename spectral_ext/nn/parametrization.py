@@ -404,8 +404,14 @@ class SpectralNorm(StockSpectralNorm):
                 group.changed(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the group: a copied layer belongs to the copied group or to none."""
-        return {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
+        """Leave out the group: a copied layer belongs to the copied group or to none.
+
+        A weight that PyTorch's hook has left is copied. What a group has computed can be computed again.
+        """
+        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
+        if self._last_weight is not None and not self._hook.called:
+            state["_last_weight"] = LastWeight(self._last_weight.weight.detach().clone())
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -13,6 +13,7 @@ from pair import Pair, Side, close
 from registry import BOOL, SEED, operation, skip_unless, specs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm
+from twin import QuietHook
 
 import spectral_ext
 
@@ -135,6 +136,11 @@ def copy_model(pair: Pair, how: str) -> None:
     pair.twin.has_changed()
     for group in pair.twin.groups:
         group.was_captured = group.has_run = False  # the copy was not captured, and has not run
+    for norm, twin in zip(pair.fused.norms(), pair.twin.norms(), strict=True):
+        hook = norm.norm._hook
+        if hook is not None and hook.called:  # the copy has not the weight of the last call
+            with torch.no_grad():
+                QuietHook.put_in_force(twin.norm, twin.module, False)
 
 
 @operation(of_the_pair=True, block="block")
@@ -267,8 +273,8 @@ def remove_norm(side: Side, layer: str) -> None:
     norm.module.eval()
     if side.pair.twin.norm(layer).is_hook if not side.is_twin else norm.is_hook:
         remove_spectral_norm(norm.module, norm.tensor)
-        if side.is_twin:  # stock leaves a hook there that asks checkpoints for the old keys
-            norm.module._load_state_dict_pre_hooks.clear()
+        # Stock leaves a hook there that asks checkpoints for the old keys.
+        norm.module._load_state_dict_pre_hooks.clear()
     else:
         parametrize.remove_parametrizations(norm.module, norm.tensor)
     norm.module.train(mode)

@@ -122,6 +122,7 @@ def change_weight(side: Side, layer: str, how: str, seed: int) -> None:
     leaves_no_trace = how in (".data.copy_", "through .data")
     if leaves_no_trace:
         side.pair.start_anew(side)
+        side.kept.pop("loss", None)  # stock's graph has the new values, and does not notice
 
 
 @operation(layer="layer", seed=SEED)

@@ -409,6 +409,23 @@ def test_copies_have_the_same_rules(kind, how, runs):
     assert len(pickle.dumps(copied)) < 1.2 * size + 2000
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_has_the_weight_that_the_hook_left_before_the_model_was_fused(how):
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 3)))
+    with torch.no_grad():  # of a weight with a graph PyTorch makes no deep copy
+        model(torch.ones(1, 3))
+    with torch.no_grad():
+        model[0].weight_orig.mul_(3)
+    last = model[0].weight.clone()
+    spectral_ext.fuse(model)
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert_close(model[0].weight, last)
+    assert_close(copied[0].weight, last)
+    x = torch.ones(1, 3)
+    assert_close(copied(x), model(x))
+    assert_close(copied[0].weight, model[0].weight)
+
+
 def test_replicas_of_data_parallel():
     stock, net = pair(Bypassing)
     for step in range(3):
