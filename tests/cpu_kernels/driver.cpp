@@ -357,11 +357,18 @@ void check_pool() {
 }  // namespace
 
 int main(int count, char**) {
-  const std::vector<Case> all = cases();
+  std::vector<Case> all = cases();
+  // With an argument one call of some layers alone, for sanitizers that are slow. More threads
+  // would spin for a processor.
+  const bool is_short = count > 1;
+  if (is_short) {
+    for (size_t i = 0; 5 * i < all.size(); ++i) all[i] = all[5 * i];
+    all.resize((all.size() + 4) / 5);
+  }
   std::vector<Tensors> given;
   for (const Case& one : all) given.emplace_back(one);
-  if (count > 1) {  // with an argument one call alone, for sanitizers that are slow
-    run(all, given, true, 3);
+  if (is_short) {
+    run(all, given, true, 2);
     return 0;
   }
   check_numbers(all, given, true);
