@@ -41,6 +41,12 @@ class Computation:
     outputs: list[Tensor]
     saved: Tensor
     sigmas: Tensor
+    version: int = -1
+    """That of every output after the forward."""
+
+    def __post_init__(self) -> None:
+        if self.version < 0 and self.outputs and not self.outputs[0].is_inference():
+            self.version = self.outputs[0]._version
 
     def narrow(self, start: int, stop: int) -> "Computation":
         """Return the part for layers ``start`` to ``stop``; the tensors are views."""
@@ -54,6 +60,7 @@ class Computation:
             self.outputs[start:stop],
             self.saved[first : first + size],
             self.sigmas[start:stop],
+            self.version,
         )
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "kind_of",
     "normalize_layers",
     "prepare",
+    "refuse_changed",
     "with_gain",
 ]
 
@@ -58,15 +59,30 @@ class Results:
         return outputs
 
     def attached(self, index: int, weight: Tensor) -> Tensor | None:
-        """Return the normalized weight of one layer with a graph node of its own."""
+        """Return the normalized weight of one layer with a graph node of its own.
+
+        Raises:
+            RuntimeError: it was changed in place since it was computed.
+        """
         if is_transformed():  # which wants the whole computation
             return None
         for computation, members in self.computations:
             if index in members:
                 place = members.index(index)
+                refuse_changed(computation.outputs[place], computation.version)
                 with torch.enable_grad():
                     return attach([weight], computation.narrow(place, place + 1))[0][0]
         return None
+
+
+def refuse_changed(normalized: Tensor, version: int) -> None:
+    """Raise if a normalized weight is not of the version that it was computed in."""
+    if normalized._version != version:
+        raise RuntimeError(
+            f"a normalized weight of shape {tuple(normalized.shape)} was changed in place in a forward that "
+            "was entered without gradients, so that its gradient is not known; enter the model with "
+            "gradients, or change a copy, as in `layer.weight * mask`"
+        )
 
 
 def normalize_layers(

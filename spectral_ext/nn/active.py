@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..normalization import Results
+from ..normalization import Results, refuse_changed
 from .history import NO_REGIONS, Entry, Regions, forward_grad_enabled
 from .sharded import ShardedResults, ShardedUnit
 
@@ -133,7 +133,9 @@ class Record:
 
     def attach(self, place: int) -> Tensor:
         """Give the layer at ``place`` a graph node of its own, and return its weight."""
-        weight, attached = self.weights[place], None
+        weight, attached, before = self.weights[place], None, self.normalized[place]
+        if self.gains and self.gains[place] is not None and before is not None:
+            refuse_changed(before, 0)  # the product with a gain
         with hidden_saves():
             for results, part in self.parts:
                 if place in part and not results.normalized[part.index(place)].is_inference():

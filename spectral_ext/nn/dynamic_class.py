@@ -333,12 +333,20 @@ def _load_from_state_dict(
 
 
 def _register_parameter(self: Any, name: str, param: Any) -> None:
-    """Take a parameter that is assigned to the ``weight_orig`` of PyTorch's hook."""
+    """Take a parameter that is assigned to the ``weight_orig`` of PyTorch's hook.
+
+    ``remove_parametrizations`` puts the tensor back in this way; a hook that came with it has nothing to do
+    any more.
+    """
     tensor_name = name.removesuffix("_orig")
     if tensor_name != name and _kinds_of_tensors(self).get(tensor_name):
         parametrization_lists(self)[tensor_name].original = param
-    else:
-        super(_lowest(self), self).register_parameter(name, param)
+        return
+    if name not in parametrization_lists(self):
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if getattr(hook, "is_left_behind", None) and hook.name == name:
+                del self._forward_pre_hooks[key]
+    super(_lowest(self), self).register_parameter(name, param)
 
 
 def refuse_to_trace_what_is_cached() -> None:

@@ -1,9 +1,11 @@
 """Fuse the spectral norms of a model into one group, and undo it."""
 
+import dis
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast, get_args
+from types import FunctionType
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -203,7 +205,12 @@ def fuse(
         _restore(*layer)
     for module in classes:
         module.__class__ = class_for_parametrizations(module)
-    layers = [_take(*pair) for pair in zip(chosen, candidates, strict=True)]
+    layers = []
+    for found, candidate in zip(chosen, candidates, strict=True):
+        # What was made in inference mode can be written to and registered there alone.
+        tensors = [found.weight, *candidate._buffers.values()]
+        with torch.inference_mode(any(x is not None and x.is_inference() for x in tensors)):
+            layers.append(_take(found, candidate))
     for module in classes:
         add_properties(module)
     group = SpectralGroup(
@@ -348,12 +355,26 @@ def _refuse_super_of_class(module: Module) -> None:
     """Raise where ``super(self.__class__, self)`` would find the same method for ever in a subclass."""
     cls = own_class_of(module)
     for name, method in vars(cls).items():
-        names = getattr(getattr(method, "__code__", None), "co_names", ())
-        if name != "__init__" and "super" in names and "__class__" in names:
+        if name != "__init__" and isinstance(method, FunctionType) and _names_own_class(method):
             raise RuntimeError(
-                f"{cls.__name__}.{name} calls super(self.__class__, self), which calls itself without end "
-                "once the class of the object is a subclass, and fuse gives it one; write super()"
+                f"{cls.__name__}.{name} calls super(self.__class__, self) or super(type(self), self), which "
+                "calls itself without end once the class of the object is a subclass, and fuse gives it one; "
+                "write super()"
             )
+
+
+def _names_own_class(method: FunctionType) -> bool:
+    """Return whether a method calls ``super`` with the class of its object."""
+    code = method.__code__
+    names: list[Any] = []
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        names += value if isinstance(value, tuple) else [value]
+    of_object = (
+        ["super", *code.co_varnames[:1], "__class__"],
+        ["super", "type", *code.co_varnames[:1]],
+    )
+    return any(names[i : i + 3] in of_object for i in range(len(names)))
 
 
 def _warn_of_order(chosen: list[_Found]) -> None:

@@ -381,7 +381,7 @@ class SpectralGroup:
 
     def count_lone(self) -> None:
         """Note that a layer was computed alone in training, and warn where the group never is."""
-        if self._n_forwards:
+        if self._n_forwards or self.visible.has_run:  # the latter by compiled code
             return
         self._n_lone += 1
         if self._n_lone == max(50, 10 * len(self._layers)):
@@ -732,9 +732,10 @@ class SpectralGroup:
             dict.fromkeys(_backend_name(self.backend, layer.weight.device) for layer in layers)
         )
         buckets = "one bucket" if self.bucket_mb is None else f"buckets of {self.bucket_mb:g} MiB"
+        forwards = "compiled" if self.visible.has_run and not self._n_forwards else self._n_forwards
         lines = [
             f"SpectralGroup({len(layers)} layers, {parameters:,} parameters, "
-            f"backend {chosen or 'none'}, {buckets}, {self._n_forwards} forwards"
+            f"backend {chosen or 'none'}, {buckets}, {forwards} forwards"
         ]
         for layer in layers:
             settings = layer.parametrization.extra_repr()

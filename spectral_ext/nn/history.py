@@ -209,7 +209,8 @@ def _pack_hooks() -> list[Any]:
 
 def _region_of_hook(pack: Any) -> _Region | None:
     """Return the checkpoint that a hook belongs to; None if the hook has nothing to do with one."""
-    if "checkpoint" not in (getattr(pack, "__module__", None) or ""):
+    module = getattr(pack, "__module__", None)
+    if module != checkpoint.__name__ and "checkpoint" not in getattr(pack, "__qualname__", ""):
         return None
     for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
         frame = cell.cell_contents
@@ -218,7 +219,7 @@ def _region_of_hook(pack: Any) -> _Region | None:
         if isinstance(frame, checkpoint._CheckpointFrame):
             return _Region(_notes_of(frame, True), token)
     raise RuntimeError(
-        f"spectral_ext does not know the activation checkpointing of {pack.__module__}, and cannot find "
+        f"spectral_ext does not know the activation checkpointing of {module}, and cannot find "
         "the u and v that a recomputation must use; use torch.utils.checkpoint"
     )
 

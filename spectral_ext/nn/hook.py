@@ -47,6 +47,9 @@ class GroupHook(StockHook):
         super().__init__(hook.name, hook.n_power_iterations, hook.dim, hook.eps)
         # Whether the module was ever called, as far as this hook knows.
         self.called = False
+        # Whether it stays in the module when its parametrization is removed; PyTorch removes it itself
+        # in remove_spectral_norm.
+        self.is_left_behind = True
 
     def __call__(self, module: Module, inputs: Any) -> None:
         """Take the weight in force, or compute the layer alone, and keep it until the next call."""
@@ -118,6 +121,7 @@ class GroupHook(StockHook):
     def remove(self, module: Module) -> None:
         """Take the norm off and leave the normalized weight as a parameter, as PyTorch's hook does."""
         list_, norm = cast("tuple[ParametrizationList, SpectralNorm]", self._find(module))
+        self.is_left_behind = False
         with torch.no_grad():
             weight = _without_update(norm, list_.original)
         leave_groups([norm])

@@ -21,6 +21,7 @@ class LastForward:
     def __init__(self) -> None:
         self._plan: Plan | None = None
         self._sigmas: Tensor | None = None
+        self._n_power_iterations: list[int] = []
         self._convergence: list[tuple[Tensor, Sequence[int], bool]] = []
         # Since they were last taken: names of units, and which of them had a σ that was not finite.
         self._not_finite: list[tuple[list[str], Tensor]] = []
@@ -34,6 +35,8 @@ class LastForward:
         """Take the results of a forward; ``updates`` says of each unit whether it was advanced."""
         self._plan = plan
         self._sigmas = join_sigmas(parts, len(updates))
+        # A copy: those of the plan change when a setting is assigned.
+        self._n_power_iterations = plan.settings.n_power_iterations.copy()
         self._convergence = [
             (results.convergence, part, updates[part[0]]) for results, part in parts
         ]
@@ -47,7 +50,7 @@ class LastForward:
                 of_part[list(part)] = bad
                 bad = of_part
             for i, (names, before) in enumerate(self._not_finite):
-                if names is plan.names:
+                if names == plan.names and len(before) == count:
                     self._not_finite[i] = (names, before | bad.to(before.device))
                     break
             else:
@@ -97,7 +100,7 @@ class LastForward:
             if len(convergence):
                 values[list(part)] = convergence.view(2, -1)[row].to(values)
             elif row == 1:
-                steps = [plan.settings.n_power_iterations[i] if updated else 0 for i in part]
+                steps = [self._n_power_iterations[i] if updated else 0 for i in part]
                 values[list(part)] = values.new_tensor(steps)
         return values[[count if unit is None else unit for unit in self._units(layers)]]
 

@@ -237,3 +237,35 @@ def test_saved_tensor_hooks_see_the_outputs(backend):
         outputs, _ = spectral_normalize(weights, us, vs, backend=backend)
     addresses = {tensor.data_ptr() for tensor in packed}
     assert {output.data_ptr() for output in outputs} <= addresses
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_a_change_in_a_forward_that_was_entered_without_gradients_is_refused(backend, gain):
+    """The gradients that the forward then asks for are those of a weight that is gone."""
+
+    class Late(nn.Module):
+        def __init__(self, is_changed):
+            super().__init__()
+            self.layer = nn.Linear(4, 3, dtype=torch.float64)
+            spectral_ext.spectral_norm(self.layer, gain="one" if gain else None)
+            self.is_changed = is_changed
+
+        def forward(self, x):
+            if self.is_changed:
+                self.layer.weight.mul_(0.5)
+            with torch.enable_grad():
+                return self.layer(x)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for is_changed in (False, True):
+        model = Late(is_changed)
+        spectral_ext.fuse(model, backend=backend)
+        with torch.no_grad():
+            if is_changed:
+                with pytest.raises(RuntimeError, match=r"shape \(3, 4\) was changed in place"):
+                    model(x)
+            else:
+                y = model(x)
+                with torch.enable_grad():
+                    y.sum().backward()
+                assert model.layer.parametrizations.weight.original.grad.any()

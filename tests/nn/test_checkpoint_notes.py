@@ -106,3 +106,24 @@ def test_inside_of_cached_the_backward_belongs_inside_too(kind):
         loss = forwards(model, Checkpoints(False))
     with pytest.raises(RuntimeError, match=r"^(body\.0|Linear)\.weight.*parametrize\.cached"):
         loss.backward()
+
+
+def pack(x):
+    return x
+
+
+def test_hooks_of_a_module_that_is_named_after_checkpoints_are_none(monkeypatch):
+    monkeypatch.setattr(pack, "__module__", "my_checkpoint_io")
+    model = cell("fused", Plain())
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        model(sample(0)).sum().backward()
+
+
+def test_a_checkpoint_that_is_not_known_is_refused(monkeypatch):
+    monkeypatch.setattr(pack, "__qualname__", "non_reentrant_checkpoint.<locals>.checkpoint_pack")
+    model = cell("fused", Plain())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, pack),
+        pytest.raises(RuntimeError, match="does not know the activation checkpointing"),
+    ):
+        model(sample(0))

@@ -202,3 +202,15 @@ def test_settings_beyond_stock(backend, settings):
         compiled(x)
         with pytest.raises(FloatingPointError, match=r"2\.weight"):
             spectral_ext.group_of(nets[1]).check()
+
+
+@pytest.mark.filterwarnings("error:.*its forward was never called")
+def test_compiled_forwards_count():
+    net = make(STOCK["u_first"], STOCK["v_first"])
+    group = spectral_ext.fuse(net)
+    compiled = torch.compile(net, backend="eager")
+    compiled(inputs())
+    assert "compiled forwards" in repr(group)
+    layer = group.layers[0]
+    for _ in range(20 * len(group.layers) + 60):
+        getattr(layer.module, layer.tensor_name)

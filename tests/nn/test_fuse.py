@@ -605,3 +605,19 @@ def test_scripting_is_refused_with_what_to_do():
         with pytest.raises(TypeError, match=r"torch\.jit\.script cannot compile"):
             torch.jit.script(module)
     torch.jit.script(spectral_ext.bake(net))
+
+
+@pytest.mark.parametrize("norm", [hook_spectral_norm, parametrizations.spectral_norm])
+def test_a_model_of_inference_tensors(norm):
+    with torch.inference_mode():
+        net = nn.Sequential(norm(nn.Linear(3, 3)), norm(nn.Linear(3, 3))).eval()
+        vectors = dict(net.named_buffers())
+        next(iter(vectors.values())).zero_()  # is mended when it is fused
+        x = torch.randn(2, 3)
+    spectral_ext.fuse(net)
+    with torch.inference_mode():
+        found = net(x)
+        assert spectral_ext.group_of(net).sigmas.all()
+    spectral_ext.unfuse(net)
+    with torch.inference_mode():
+        assert_close(net(x), found, rtol=1e-6)

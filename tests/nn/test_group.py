@@ -414,3 +414,21 @@ def test_methods_other_than_forward(backend):
         net.body(torch.ones(1, 48).double())
     read(stock)
     assert_same_state(net, stock)
+
+
+def test_settings_do_not_change_what_the_last_forward_made():
+    net = make(STOCK["u_first"], STOCK["v_first"])
+    group = spectral_ext.fuse(net)
+    net(inputs())
+    before = group.iterations
+    group.layers[0].parametrization.n_power_iterations = 7
+    assert torch.equal(group.iterations, before)
+
+
+def test_what_was_not_finite_is_noted_once_for_the_same_layers():
+    net = make(STOCK["u_first"], STOCK["v_first"])
+    group = spectral_ext.fuse(net, check_finite=True)
+    for _ in range(3):
+        net(inputs())
+        group.invalidate()
+    assert len(group._last._not_finite) == 1

@@ -684,3 +684,34 @@ def test_settings_and_weights_assigned_where_the_hook_has_them_are_followed(thro
     if through == "copy":
         assert all(torch.equal(value, expected[name]) for name, value in tensors(original).items())
         assert original.inp.parametrizations.weight[0].n_power_iterations == 1
+
+
+def test_remove_parametrizations_removes_the_hook_too():
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), spectral_norm(nn.Linear(4, 4)))
+    spectral_ext.fuse(model)
+    x = torch.randn(2, 4)
+    model(x)
+    with torch.no_grad():
+        expected = model[0].eval().weight.clone()
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert not model[0]._forward_pre_hooks
+    assert type(model[0]) is nn.Linear
+    assert_close(model[0].weight, expected)
+    model(x)
+    parametrizations.spectral_norm(model[0], n_power_iterations=3)
+    spectral_ext.fuse(model)
+    model[0](x)
+    assert model[0].parametrizations.weight[0].n_power_iterations == 3
+
+
+def test_the_hook_of_another_tensor_stays():
+    layer = nn.LSTM(4, 4)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        spectral_norm(layer, name)
+    model = Recurrent()
+    model.layer = layer
+    spectral_ext.fuse(model)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert [hook.name for hook in layer._forward_pre_hooks.values()] == ["weight_ih_l0"]
+    remove_spectral_norm(layer, "weight_ih_l0")
+    assert not layer._forward_pre_hooks

@@ -218,6 +218,36 @@ class Inherits(SuperOfClassInInit):
         self.layer = parametrizations.spectral_norm(nn.Linear(3, 3))
 
 
+class SuperOfType(SuperOfClassInInit):
+    def __init__(self):
+        super(SuperOfClassInInit, self).__init__()
+        self.layer = parametrizations.spectral_norm(nn.Linear(3, 3))
+
+    def train(self, mode=True):
+        return super(type(self), self).train(mode)
+
+
+class NamesItsClass(SuperOfType):
+    """Uses ``super`` and its class, but not the one with the other."""
+
+    def extra_repr(self):
+        return super().extra_repr() + self.__class__.__name__
+
+    def __repr__(self):
+        return f"{type(self).__name__} {super().__repr__()}"
+
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+
+def test_super_of_type_is_refused_and_a_name_of_the_class_is_not():
+    with pytest.raises(RuntimeError, match=r"SuperOfType\.train calls super\("):
+        spectral_ext.fuse(SuperOfType())
+    net = NamesItsClass()
+    spectral_ext.fuse(net)
+    assert repr(net).startswith("NamesItsClass NamesItsClass(")
+
+
 def test_super_of_self_class_is_named_before_it_recurses():
     net = SuperOfClass()
     keys, norm = list(net.state_dict()), net.layer.parametrizations.weight[0]
