@@ -239,6 +239,9 @@ def penalty_on_a_weight(side: Side, layer: str, seed: int) -> Tensor:
 def read_before_the_forward(side: Side, layer: str, seed: int) -> Tensor:
     """A forward pre-hook of the root reads a weight, for a log."""
     norm = side.norm(layer)
+    # The entry computes it, after all pre-hooks of the root; a hook of stock did before them.
+    of_root = side.pair.twin.norm(layer)
+    skip_unless(not (of_root.is_hook and of_root.module is side.pair.twin.model))
     found = []
 
     def log(module: Any, args: Any) -> None:
