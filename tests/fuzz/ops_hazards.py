@@ -253,6 +253,9 @@ def write_on_a_normalized_weight(pair: Pair, layer: str, seed: int) -> None:
     """A change in place of a weight in use must not outlive its forward."""
     skip_unless(pair.is_fused and pair.all_are_in_groups())
     skip_unless(not is_hook_of_the_root(pair, layer))
+    # A group of a part that runs twice advances between: no vectors are those of the whole output.
+    parts = [group for group in pair.twin.groups if group.root is not pair.twin.model]
+    skip_unless(pair.root != "shared" or not parts)
 
     def clamp(module: Any, args: Any) -> None:
         for side in pair.sides:
