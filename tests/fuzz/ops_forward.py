@@ -113,13 +113,12 @@ def backward_of_kept_loss(side: Side, retain: bool) -> None:
         skip_unless(side.pair.all_are_in_groups())
         keep_loss(side, 0)
         side.model(inputs(1))
-    loss, before = side.kept["loss"]
-    if before != versions(twin) or not loss.requires_grad:
-        del side.kept["loss"]
-        if side is side.pair.fused:
-            twin.kept.pop("loss", None)
+    elif side.kept["loss"][1] != versions(twin):
+        for each in side.pair.sides:
+            each.kept.pop("loss", None)
         skip_unless(False)
-    loss.backward(retain_graph=retain)
+    loss, _ = side.kept["loss"]
+    back_from(loss, retain_graph=retain)
     if not retain:
         del side.kept["loss"]
 
@@ -239,6 +238,9 @@ def penalty_on_a_weight(side: Side, layer: str, seed: int) -> Tensor:
 def read_before_the_forward(side: Side, layer: str, seed: int) -> Tensor:
     """A forward pre-hook of the root reads a weight, for a log."""
     norm = side.norm(layer)
+    # The entry computes it, after all pre-hooks of the root; a hook of stock did before them.
+    of_root = side.pair.twin.norm(layer)
+    skip_unless(not (of_root.is_hook and of_root.module is side.pair.twin.model))
     found = []
 
     def log(module: Any, args: Any) -> None:

@@ -13,7 +13,7 @@ from pair import Pair, Side, close
 from registry import BOOL, SEED, operation, skip_unless, specs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm
-from twin import QuietHook
+from twin import Norm, QuietHook, TwinGroup
 
 import spectral_ext
 
@@ -139,8 +139,14 @@ def copy_model(pair: Pair, how: str) -> None:
     for norm, twin in zip(pair.fused.norms(), pair.twin.norms(), strict=True):
         hook = norm.norm._hook
         if hook is not None and hook.called:  # the copy has not the weight of the last call
-            with torch.no_grad():
-                QuietHook.put_in_force(twin.norm, twin.module, False)
+            forget_last_call(twin)
+
+
+def forget_last_call(norm: Norm) -> None:
+    """Let the twin of a copied layer compute its weight when it is read."""
+    if isinstance(norm.norm, QuietHook) and norm.norm.called:
+        norm.norm.forgotten = True
+        TwinGroup.refresh(norm)
 
 
 @operation(of_the_pair=True, block="block")
@@ -156,6 +162,9 @@ def copy_block_in_place(pair: Pair, block: str) -> None:
         side.model.zero_grad()
         side.forget()
     pair.fuse(pair.update)
+    for norm in pair.twin.norms():
+        if norm.name.startswith(f"{block}."):
+            forget_last_call(norm)
 
 
 def setattr_of(parent: nn.Module, name: str, value: nn.Module) -> None:
@@ -182,11 +191,25 @@ def round_trip(
     close(*outputs, f"output in {dtype}", tolerance)
 
 
+def are_divided_by_their_norms(pair: Pair) -> bool:
+    """Whether every σ is near the norm of its weight.
+
+    With a σ of a hundredth a layer makes the rounding of half precision a hundred times larger.
+    """
+    for norm in pair.fused.norms():
+        weight = norm.weight.detach()
+        matrix = weight.movedim(norm.norm.dim, 0).flatten(1) if weight.ndim > 1 else weight[:, None]
+        if norm.sigma() < 0.5 * torch.linalg.matrix_norm(matrix, 2).item():
+            return False
+    return True
+
+
 @operation(of_the_pair=True, dtype=st.sampled_from(["float32", "bfloat16"]), seed=SEED)
 def convert_and_back(pair: Pair, dtype: str, seed: int) -> None:
     """Vectors of half precision are float32 in a fused model, so the twin takes them over."""
     kind = getattr(torch, dtype)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.15}[kind]
+    skip_unless(kind is torch.float32 or are_divided_by_their_norms(pair))
     round_trip(pair, kind, tolerance, lambda model: model(inputs(seed, kind)))
 
 
@@ -198,6 +221,7 @@ def autocast(pair: Pair, seed: int) -> None:
         y.float().sum().backward() if y.requires_grad else None
         return y
 
+    skip_unless(are_divided_by_their_norms(pair))
     round_trip(pair, torch.float32, 0.15, run)
 
 

@@ -78,6 +78,22 @@ class Norm(NamedTuple):
         u, v = (vector.double() for vector in self.vectors)
         return torch.dot(u, weight.movedim(self.norm.dim, 0).reshape(len(u), -1) @ v).item()
 
+    def sigma_on_trial(self, update: bool) -> float:
+        """Return σ of what a forward has computed, also for a hook that it has not called yet.
+
+        If the forward fails before the call, the group tells that σ and the vectors stay.
+        """
+        if not (self.is_waiting and update):
+            return self.sigma()
+        buffers, own = self.module._buffers, dict(self.module._buffers)
+        buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        try:
+            with torch.no_grad():
+                self.norm.compute_weight(self.module, do_power_iteration=True)
+            return self.sigma()
+        finally:
+            buffers.update(own)
+
 
 def norms(model: nn.Module) -> list[Norm]:
     """Return all spectral norms in a model, in the order of its modules."""
@@ -103,6 +119,9 @@ class QuietHook(StockHook):
     """Stock's hook, which a group on entry can run in its place."""
 
     called = False
+    # Nothing is kept of its last call: of a copied layer, and of a transform of torch.func, whose tensors
+    # end with it. An access computes the weight.
+    forgotten = False
     # Inside of a forward of its group: that the weight is in force, and how a first call makes it.
     quiet = False
     first: bool | None = None
@@ -131,7 +150,9 @@ class QuietHook(StockHook):
         buffers, own = module._buffers, dict(module._buffers)
         if not update:  # stock's graph would hold the buffers, which a later forward changes
             buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
-        setattr(module, self.name, self.compute_weight(module, do_power_iteration=update))
+        weight = self.compute_weight(module, do_power_iteration=update)
+        setattr(module, self.name, weight)
+        self.forgotten = is_transformed(weight)
         buffers.update(own)
 
 
@@ -182,13 +203,18 @@ class TwinGroup:
             return wanted
         if self.kept_state != self.state(members):
             return wanted
-        if any(w and not k for w, k in zip(wanted, self.kept, strict=True)):
-            return wanted
+        for norm, w, k in zip(members, wanted, self.kept, strict=True):
+            if w and not k and self.computes(norm):
+                return wanted
         return [False] * len(members)
 
-    @staticmethod
-    def state(members: list[Norm]) -> list[tuple[int, int]]:
-        tensors = [t for norm in members for t in (norm.weight, *norm.vectors)]
+    def computes(self, norm: Norm) -> bool:
+        """Return whether a layer counts: one that no forward has called has left the group."""
+        return not (norm.is_waiting and self.has_run)
+
+    def state(self, members: list[Norm]) -> list[tuple[int, int]]:
+        computed = filter(self.computes, members)
+        tensors = [t for norm in computed for t in (norm.weight, *norm.vectors)]
         return [
             (id(t), 0)  # of torch.func, without memory of its own
             if is_transformed(t)
@@ -214,7 +240,10 @@ class TwinGroup:
             self.note(members, advance)
             if not of_the_user:
                 self.sigmas_before = self.sigmas
-                self.sigmas = {id(norm.norm): norm.sigma() for norm in members}
+                self.sigmas = {
+                    id(norm.norm): norm.sigma_on_trial(update)
+                    for norm, update in zip(members, advance, strict=True)
+                }
             waiting = [norm for norm in members if norm.is_waiting]
             went_well = False
             try:
@@ -237,7 +266,7 @@ class TwinGroup:
         """Note what a forward has computed: one in evaluation keeps nothing, nor a captured one."""
         if any(map(is_transformed, (norm.weight for norm in members))):
             return
-        if self.was_captured or not any(norm.training for norm in members):
+        if self.was_captured or not any(n.training for n in members if self.computes(n)):
             self.kept = None
         elif any(advance) or self.kept is None or self.kept_state != self.state(members):
             self.kept = advance
@@ -276,12 +305,16 @@ class TwinGroup:
 
     @staticmethod
     def refresh(norm: Norm) -> None:
-        """Let a weight that no call has computed be the raw one.
+        """Let a weight that no call has computed be the raw one, and renew one that is not kept.
 
-        In stock it is the memory that the raw weight had at first, whatever became of it.
+        In stock the first is the memory that the raw weight had at first, whatever became of it.
         """
         if norm.is_hook and not norm.norm.called:
             setattr(norm.module, norm.tensor, norm.weight.detach())
+        elif norm.is_hook and norm.norm.forgotten:
+            with torch.no_grad():
+                norm.norm.put_in_force(norm.module, False)
+            norm.norm.forgotten = True
 
     def iterate(self) -> None:
         """Do what ``SpectralGroup.iterate`` does: one update of all layers, in any mode.
