@@ -207,7 +207,7 @@ def test_small_weights_leave_good_vectors_for_when_they_have_grown(backend, orde
     for _ in range(4):
         normalize([layer], backend=backend)
     assert abs(layer.u.norm() - 1) < 1e-5 and abs(layer.v.norm() - 1) < 1e-5
-    layer.n_power_iterations = 300
+    layer.n_power_iterations = 40
     _, sigmas = normalize([layer], backend=backend)
     assert abs(sigmas.item() / torch.linalg.matrix_norm(weight, 2).item() - 1) < 1e-4
 

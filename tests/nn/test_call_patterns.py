@@ -260,6 +260,8 @@ def saved_and_loaded(net: nn.Module) -> nn.Module:
 )
 @given(actions=st.lists(ACTIONS, min_size=1, max_size=12), with_vector=st.booleans())
 def test_state_is_that_of_stock_after_every_step(orders, start, backend, actions, with_vector):
+    if backend == "triton":  # is interpreted
+        actions = actions[:4]
     with contextlib.nullcontext() if with_vector else matrices_only():
         run_actions(orders, start, backend, actions)
 

@@ -38,8 +38,16 @@ def operators_of(program):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("update", ["forward", "step"])
-def test_exported_program(update, training, strict, backend):
+def test_exported_program(update, training, strict):
     """In training it advances the vectors that are in it; of either mode it has torch's operations."""
+    check_exported_program(update, training, strict, None)
+
+
+def test_every_backend_exports_torch_operations(backend):
+    check_exported_program("step", True, False, backend)
+
+
+def check_exported_program(update, training, strict, backend):
     net, expected = fused(backend=backend, update=update).train(training), stock().train(training)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     program = torch.export.export(net, (inputs(),), dynamic_shapes=BATCH, strict=strict)
