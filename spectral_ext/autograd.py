@@ -42,11 +42,12 @@ class Computation:
     saved: Tensor
     sigmas: Tensor
     version: int = -1
-    """That of every output after the forward."""
+    """That of every output after the forward; -1 if it is not known, in code that is compiled."""
 
     def __post_init__(self) -> None:
-        if self.version < 0 and self.outputs and not self.outputs[0].is_inference():
-            self.version = self.outputs[0]._version
+        if self.version < 0 and not torch.compiler.is_compiling():
+            known = self.outputs and not self.outputs[0].is_inference()
+            self.version = self.outputs[0]._version if known else -1
 
     def narrow(self, start: int, stop: int) -> "Computation":
         """Return the part for layers ``start`` to ``stop``; the tensors are views."""

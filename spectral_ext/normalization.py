@@ -77,7 +77,7 @@ class Results:
 
 def refuse_changed(normalized: Tensor, version: int) -> None:
     """Raise if a normalized weight is not of the version that it was computed in."""
-    if normalized._version != version:
+    if version >= 0 and normalized._version != version:
         raise RuntimeError(
             f"a normalized weight of shape {tuple(normalized.shape)} was changed in place in a forward that "
             "was entered without gradients, so that its gradient is not known; enter the model with "

@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ..layout import without_autocast
-from ..reference import weight_matrix
+from ..layout import compute_dtype, without_autocast
+from ..reference import norm_of, weight_matrix
 from .dynamic_class import (
     GROUP,
     class_of_parametrizations,
@@ -28,6 +28,7 @@ from .hook_layout import remove_hook, was_called
 from .operator_norm import OperatorNorm
 from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
 from .register import LazyNorm
+from .sharded import is_sharded
 
 __all__ = ["bake"]
 
@@ -48,9 +49,12 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
     one where it is the same for both: always in a fused model with equal settings, while stock's
     layers each have a σ of their own.
 
-    A layer with PyTorch's hook whose module is never called, since another module reads its weight, uses the
-    weight before normalization, and keeps it. Run the model once before, then ``bake`` knows these layers.
-    In a model that was not run, they are the ``out_proj`` of ``nn.MultiheadAttention`` alone.
+    Some modules read the weight of a layer with PyTorch's hook and never call the layer, as
+    ``nn.MultiheadAttention`` does with its ``out_proj``. The hook never runs, and the weight is used before
+    normalization. So a layer that was not called keeps its weight as it is, if its ``u`` and ``v`` were
+    never iterated. A trained layer that was not called in the last forwards is folded: its ``u`` and ``v``
+    show that it was called before. In a model of which no layer has ever run, all but the ``out_proj`` of
+    ``nn.MultiheadAttention`` are folded, as they are in evaluation.
 
     Args:
         model: any model, or a single layer; its layers may have our spectral norm, fused or not, or
@@ -67,20 +71,19 @@ def bake(model: _Model, *, inplace: bool = False) -> _Model:
             names the layer. Nothing was changed.
 
     Warns:
-        UserWarning: a layer with PyTorch's hook was never called, and its ``u`` and ``v`` were never
-            iterated. The message names the layer.
+        UserWarning: the ``u`` and ``v`` of a layer with PyTorch's hook were never iterated. The message names
+            the layer, and says whether it keeps its weight (it was not called) or is folded with a wrong σ
+            (it was). The ``out_proj`` of ``nn.MultiheadAttention`` keeps its weight without a warning.
     """
     _check(model)
-    raw, doubtful = _find_bypassed(model)
+    raw = _find_raw(model)
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy.deepcopy(model, _results_of_hooks(model))
         tensors = list(_find(model))
         values = _values_in_evaluation(model, tensors)
         for place in raw:
-            values[place] = tensors[place].originals[0]
-        for place, name in doubtful.items():
-            _warn_if_not_iterated(tensors[place], name)
+            values[place] = tensors[place].raw
         # Nothing below raises.
         for root in model.modules():
             if GROUP in root.__dict__:
@@ -123,20 +126,56 @@ class _Normalized:
         return tuple(map(id, self.originals))
 
     @property
-    def was_called(self) -> bool | None:
-        """Whether the hook has run; None for a tensor that has never had PyTorch's hook."""
+    def raw(self) -> Tensor:
+        """The weight before normalization, of a layer that came with PyTorch's hook."""
         if self.hook:
-            return was_called(self.module, self.hook)
-        norm = parametrization_lists(self.module)[self.name][0]
-        if not isinstance(norm, SpectralNorm) or norm._hook is None:
-            return None
-        return not norm.is_bypassed and (norm._hook.called or norm._last_weight is not None)
+            return self.originals[0]
+        return parametrization_lists(self.module)[self.name].original
 
     @property
-    def is_bypassed(self) -> bool:
-        """Whether it is known that forwards do not call the module."""
-        norms = parametrization_lists(self.module).get(self.name, ())
-        return any(isinstance(norm, SpectralNorm) and norm.is_bypassed for norm in norms)
+    def fused_norm(self) -> SpectralNorm | None:
+        """The parametrization of a fused layer that came with PyTorch's hook."""
+        norm = None if self.hook else parametrization_lists(self.module)[self.name][0]
+        return norm if isinstance(norm, SpectralNorm) and norm._hook is not None else None
+
+    @property
+    def was_called(self) -> bool:
+        """Whether PyTorch's hook has run, as far as the module knows."""
+        if self.hook:
+            return was_called(self.module, self.hook)
+        norm = self.fused_norm
+        return norm is not None and (norm._hook.called or norm._last_weight is not None)
+
+    @property
+    def was_iterated(self) -> bool:
+        """Whether ``u`` and ``v`` come from power iterations: ``W`` maps each near to the other.
+
+        Random vectors do not pass, but for small weights by chance: both products are needed, since in a
+        weight with one row ``u`` is ±1 and always fits. A σ of 0 does not pass: it shows no iteration, and
+        a weight of 0 is best left alone (PyTorch's hook makes NaN of it).
+        """
+        norm = self.fused_norm
+        if not self.hook and norm is None:
+            return True  # it was iterated when it was made
+        weight: Any = self.raw
+        if self.hook:
+            vectors = [self.module._buffers[self.name + end] for end in ("_u", "_v")]
+            dim = self.hook.dim
+        else:
+            assert norm is not None
+            norm.check(weight)
+            vectors, dim = [norm._u, norm._v], norm.dim
+        u, v = vectors
+        assert u is not None and v is not None
+        if weight.is_meta or u.is_meta:
+            return True  # not known
+        with torch.no_grad(), without_autocast(u.device):
+            weight = weight.full_tensor() if is_sharded(weight) else weight
+            dtype = compute_dtype(u.dtype)
+            u, v, matrix = u.to(dtype), v.to(dtype), weight_matrix(weight, dim).to(u.device, dtype)
+            forward, backward = matrix @ v, matrix.T @ u
+            sigma, largest = u.dot(forward).real, torch.maximum(norm_of(forward), norm_of(backward))
+            return bool((sigma > 0) & (sigma >= 0.5 * largest))
 
     def value(self) -> Tensor:
         """Return the tensor as it is now."""
@@ -184,75 +223,43 @@ def _find(model: Module) -> Iterator[_Normalized]:
                 yield _Normalized(module, name, None)
 
 
-def _find_bypassed(model: Module) -> tuple[list[int], dict[int, str]]:
-    """Return the places of tensors that the model uses without their norm, and of those that it may.
-
-    The latter with the names of their modules.
-    """
-    tensors = list(_find(model))
-    called = [tensor.was_called for tensor in tensors]
+def _find_raw(model: Module) -> list[int]:
+    """Return the places of the tensors that keep their weight; warn of vectors that were never iterated."""
+    raw = []
     names = {module: name for name, module in model.named_modules()}
-    raw, doubtful = [], {}
+    tensors = list(_find(model))
+    of_hooks = [tensor for tensor in tensors if tensor.hook or tensor.fused_norm is not None]
+    has_run = any(tensor.was_called or tensor.was_iterated for tensor in of_hooks)
     for place, tensor in enumerate(tensors):
-        if called[place] is not False:
+        if tensor.was_iterated:
             continue
         name = names[tensor.module]
-        if (
-            tensor.is_bypassed
-            or _has_run_around(name, tensors, called, names)
-            or _is_read_by_attention(model, name)
-        ):
-            raw.append(place)
-        else:
-            doubtful[place] = name
-    return raw, doubtful
-
-
-def _has_run_around(
-    name: str, tensors: list[_Normalized], called: list[bool | None], names: dict[Module, str]
-) -> bool:
-    """Return whether the smallest module around a layer that has others with a hook has called one."""
-    parent = name
-    while parent:
-        parent = parent.rpartition(".")[0]
-        inside = f"{parent}." if parent else ""
-        others = [
-            was_called
-            for tensor, was_called in zip(tensors, called, strict=True)
-            if was_called is not None
-            and names[tensor.module] != name
-            and (names[tensor.module] == parent or names[tensor.module].startswith(inside))
-        ]
-        if others:
-            return any(others)
-    return False
+        label = f"{name}.{tensor.name}" if name else tensor.name
+        is_read = _is_read_by_attention(model, name)
+        if tensor.was_called or not (
+            has_run or is_read
+        ):  # a model that never ran is as in evaluation
+            warnings.warn(
+                f"{label}: the u and v of the layer were never iterated, so its baked weight is divided by "
+                "a wrong σ, as in evaluation. Run the model in training before bake, or load trained u and v",
+                stacklevel=3,
+            )
+            continue
+        raw.append(place)
+        if not is_read:
+            warnings.warn(
+                f"{label}: the layer was never called and its u and v were never iterated, so bake leaves "
+                "its weight as it is. That is right if another module reads the weight. If not, run the "
+                "model in training before bake, or load trained u and v",
+                stacklevel=3,
+            )
+    return raw
 
 
 def _is_read_by_attention(model: Module, name: str) -> bool:
     parent, _, child = name.rpartition(".")
     attention = torch.nn.MultiheadAttention
     return child == "out_proj" and isinstance(model.get_submodule(parent), attention)
-
-
-def _warn_if_not_iterated(tensor: _Normalized, name: str) -> None:
-    """Warn of a layer that was never called, and whose vectors are far from singular vectors."""
-    module, label = tensor.module, f"{name}.{tensor.name}" if name else tensor.name
-    if tensor.hook:
-        u, v = (module._buffers[tensor.name + end] for end in ("_u", "_v"))
-        dim = tensor.hook.dim
-    else:
-        norm = cast(SpectralNorm, parametrization_lists(module)[tensor.name][0])
-        u, v, dim = norm._u, norm._v, norm.dim
-    with torch.no_grad():
-        assert u is not None and v is not None
-        product = weight_matrix(tensor.originals[0], dim).to(u.dtype) @ v
-        if u.dot(product) < 0.5 * product.norm():
-            warnings.warn(
-                f"{label}: the layer was never called and its u and v were never iterated, so its baked "
-                "weight is wrong by a factor. If the layer was trained, another module reads its weight "
-                "before normalization: run the model once before bake, which then leaves the weight as it is",
-                stacklevel=3,
-            )
 
 
 def _check(model: Module) -> None:

@@ -357,9 +357,9 @@ class SpectralNorm(StockSpectralNorm):
 
     @property
     def is_bypassed(self) -> bool:
-        """Whether the layer came with PyTorch's hook, and a forward of the fused model did not call it.
+        """Whether the layer came with PyTorch's hook, and no forward of the fused model has called it yet.
 
-        Another module reads its weight, which then is not normalized.
+        Where another module reads its weight, that is not normalized.
         """
         hook, visible = self._hook, self._visible
         return hook is not None and not hook.called and visible is not None and visible.has_run

@@ -407,7 +407,8 @@ def _skipped(model: Module) -> dict[str, str]:
             label = f"{name}.{tensor_name}" if name else tensor_name
             if getattr(list_[0], "is_bypassed", False):
                 skipped[label] = (
-                    "another module reads it before normalization; its own is never called"
+                    "no forward of the fused model has called its module yet; another module may read it "
+                    "before normalization"
                 )
             elif not isinstance(list_[0], StockSpectralNorm) and any(
                 isinstance(p, StockSpectralNorm) for p in list_

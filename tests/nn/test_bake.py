@@ -7,6 +7,7 @@ import torch
 from nets import NORMS, OURS, STOCK, Net, assert_close, assert_same_state, inputs, make, state
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as hook
 
 import spectral_ext
 
@@ -302,3 +303,167 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert [m.training for m in net.modules()] == modes
     assert len(spectral_ext.group_of(net).layers) == len(NORMS)
+
+
+class Heads(nn.Module):
+    """Each forward calls one of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = (hook(linear(16, n)) for n in (16, 4, 1))
+
+    def forward(self, x: torch.Tensor, head: str = "a") -> torch.Tensor:
+        return self.get_submodule(head)(self.body(x).tanh())
+
+
+def linear(*size: int) -> nn.Linear:
+    """Return a layer that W/σ differs from by far."""
+    layer = nn.Linear(*size, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(5)
+    return layer
+
+
+def iterate(net: nn.Module, heads: str, steps: int = 20) -> nn.Module:
+    for head in heads * steps:
+        net(torch.ones(2, 16, dtype=torch.float64), head)
+    return net
+
+
+def heads(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Heads()
+
+
+def assert_evaluates_as(baked: nn.Module, net: nn.Module) -> None:
+    """As a model of PyTorch's that has loaded the same checkpoint."""
+    stock = heads(9)
+    stock.load_state_dict(spectral_ext.stock_state_dict(net, layout="hook"))
+    x = torch.randn(3, 16, dtype=torch.float64)
+    for head in "ab":
+        assert_close(baked(x, head), stock.eval()(x, head))
+
+
+how = pytest.mark.parametrize("is_fused", [False, True], ids=["stock", "fused"])
+
+
+@how
+def test_a_trained_head_that_did_not_run_before_bake_is_folded(is_fused):
+    net = heads(1)
+    net.load_state_dict(iterate(heads(), "ab").state_dict())
+    if is_fused:
+        spectral_ext.fuse(net)
+    iterate(net.eval(), "a", 1)
+    assert_evaluates_as(spectral_ext.bake(net), net)
+
+
+def test_a_head_that_ran_before_the_model_was_fused_is_folded():
+    net = iterate(heads(), "ab")
+    spectral_ext.fuse(net)
+    iterate(net, "a")
+    reason = spectral_ext.report(net).skipped["b.weight"]
+    assert reason.startswith("no forward of the fused model has called its module yet")
+    assert_evaluates_as(spectral_ext.bake(net), net)
+
+
+@how
+def test_a_frozen_layer_that_has_loaded_other_vectors_is_folded(is_fused):
+    net = heads(1)
+    net.body.weight_orig.requires_grad_(False)
+    iterate(net, "ab")
+    net.load_state_dict(iterate(heads(), "ab").state_dict())
+    if is_fused:
+        spectral_ext.fuse(net)
+    assert_evaluates_as(spectral_ext.bake(net), net)
+
+
+class BesideOneThatRan(nn.Sequential):
+    """Another layer of the model has run, so that the model is not new."""
+
+    def __init__(self, layer):
+        super().__init__(layer, hook(linear(32, 32)))
+        self[1](torch.zeros(1, 32, dtype=torch.float64))
+
+    def forward(self, x):
+        return self[0](x)
+
+
+@how
+@pytest.mark.parametrize("size", [(64, 1), (1, 64), (64, 8)], ids=str)
+def test_vectors_that_were_never_iterated_are_told_in_every_shape(size, is_fused):
+    """Where a vector has one element, it is ±1 and always fits."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        net = BesideOneThatRan(hook(linear(*size)))
+        weight = net[0].weight_orig
+        if is_fused:
+            spectral_ext.fuse(net)
+        message = r"^0\.weight: the layer was never called .* leaves its weight as it is"
+        with pytest.warns(UserWarning, match=message) as caught:
+            baked = spectral_ext.bake(net)
+        assert len(caught) == 1
+        assert torch.equal(baked[0].weight, weight)
+        x = torch.randn(2, size[0], dtype=torch.float64)
+        expected = net.eval()(x)
+        with pytest.warns(UserWarning, match=r"^0\.weight: .* a wrong σ, as in eval") as caught:
+            baked = spectral_ext.bake(net)
+        assert len(caught) == 1
+        assert_close(baked(x), expected)
+        net.train()(x)
+        assert_close(spectral_ext.bake(net)(x), net.eval()(x))  # without a warning
+
+
+@how
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_iterations_show_in_weights_of_any_size(factor, is_fused):
+    torch.manual_seed(0)
+    net = BesideOneThatRan(nn.Linear(8, 6))
+    with torch.no_grad():
+        net[0].weight.mul_(factor)
+    hook(net[0], eps=0)
+    if is_fused:
+        spectral_ext.fuse(net)
+    with pytest.warns(UserWarning, match="never called"):
+        spectral_ext.bake(net)
+    with torch.no_grad():
+        net[0].weight_u.copy_(torch.linalg.svd(net[0].weight_orig / factor)[0][:, 0])
+        net[0].weight_v.copy_(torch.linalg.svd(net[0].weight_orig / factor)[2][0])
+    with torch.autocast("cpu"):
+        baked = spectral_ext.bake(net)  # without a warning
+    assert torch.linalg.matrix_norm(baked[0].weight, 2).allclose(torch.ones(()))
+
+
+@how
+def test_a_weight_of_zero_that_was_not_called_stays_zero(is_fused):
+    """PyTorch's hook divides it by zero."""
+    net = BesideOneThatRan(nn.Linear(3, 3))
+    nn.init.zeros_(net[0].weight)
+    hook(net[0])
+    if is_fused:
+        spectral_ext.fuse(net)
+    with pytest.warns(UserWarning, match="never called"):
+        baked = spectral_ext.bake(net)
+    assert not baked[0].weight.any()
+
+
+def test_a_pruned_weight_that_stays_raw():
+    torch.manual_seed(0)
+    net = BesideOneThatRan(hook(linear(16, 8)))
+    spectral_ext.fuse(net)
+    prune.l1_unstructured(net[0].parametrizations.weight, "original", amount=0.5)
+    with pytest.warns(UserWarning, match="never called"):
+        baked = spectral_ext.bake(net)
+    assert torch.equal(baked[0].weight, net[0].parametrizations.weight.original)
+
+
+@how
+def test_a_model_that_never_ran_is_as_in_evaluation(is_fused):
+    torch.manual_seed(0)
+    net = nn.Sequential(hook(linear(32, 32)), nn.Tanh(), hook(linear(32, 32))).eval()
+    if is_fused:
+        spectral_ext.fuse(net)
+    with pytest.warns(UserWarning, match="a wrong σ, as in evaluation") as caught:
+        baked = spectral_ext.bake(net)
+    assert len(caught) == 2
+    x = torch.randn(3, 32, dtype=torch.float64)
+    assert_close(baked(x), net(x))

@@ -113,11 +113,14 @@ def traced(net):
 
 @pytest.mark.parametrize("baked", [False, True])
 def test_torchscript(baked, tmp_path, recwarn):
-    net = fused().eval()
+    net, expected = fused(), stock()
+    for model in (net, expected):
+        model(inputs())  # vectors that were never iterated are not baked
+        model.eval()
     trace = traced(spectral_ext.bake(net) if baked else net)
     assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
     torch.jit.save(trace, tmp_path / "net.pt")
-    assert_close(torch.jit.load(tmp_path / "net.pt")(MORE), stock().eval()(MORE))
+    assert_close(torch.jit.load(tmp_path / "net.pt")(MORE), expected(MORE))
 
 
 WITHOUT_US = """
@@ -150,11 +153,13 @@ def test_onnx(baked, tmp_path):
     """Straight from the fused model, too; float32, as it is deployed."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'spectral-ext[export]'")
     pytest.importorskip("onnxscript", reason="pip install 'spectral-ext[export]'")
-    net, expected = fused(torch.float32).eval(), stock(torch.float32).eval()
+    x = inputs(dtype=torch.float32)
+    net, expected = fused(torch.float32), stock(torch.float32)
+    for model in (net, expected):
+        model(x)  # vectors that were never iterated are not baked
+        model.eval()
     truth = stock().eval()
     truth.load_state_dict({key: value.double() for key, value in expected.state_dict().items()})
-    x = inputs(dtype=torch.float32)
-    net(x)  # the layers with PyTorch's hook are called by it
     source = spectral_ext.bake(net) if baked else net
     program = torch.onnx.export(source, (x,), dynamo=True, dynamic_shapes=BATCH, verbose=False)
     assert {node.domain for node in program.model.graph} == {""}  # ONNX's own operators
