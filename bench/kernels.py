@@ -3,13 +3,14 @@
     python bench/kernels.py
 
 Compiles csrc/cuda/*.cu by nvcc and the Triton kernels by Triton, for several architectures, prints a
-table and writes bench/data/kernels.csv, where each compiler's version has its rows. What is not here is
-left out; no GPU is needed. The widths are read from the machine code where there is a disassembler: in
+table and writes bench/data/kernels.csv, where each compiler has its rows, and kernels.json, which
+says for which sources. What is not here is left out; no GPU is needed. The widths are read from the machine code where there is a disassembler: in
 the toolkit, on PATH, in the wheel of triton, or in that of nvidia-cuda-cuobjdump. Shared memory is
 what a kernel has of itself; nvcc's ask for theirs when they are launched.
 """
 
 import csv
+import hashlib
 import importlib.util
 import json
 import os
@@ -27,6 +28,8 @@ sys.path.insert(0, str(ROOT))
 import build_config  # noqa: E402
 
 RESULTS = ROOT / "bench" / "data" / "kernels.csv"
+# By compiler the digest of the sources that its rows were measured for.
+DIGESTS = ROOT / "bench" / "data" / "kernels.json"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 KEY = ("compiler", "kernel", "dtype", "sm")
 RESOURCES = ("registers", "stack", "spill_stores", "spill_loads")
@@ -151,6 +154,34 @@ def measure_triton() -> list[Row]:
     return sorted(json.loads(result.stdout.splitlines()[-1]), key=place)
 
 
+def digest_of_cuda() -> str:
+    """Return a digest of what nvcc compiles, and of this file."""
+    return _digest(
+        [ROOT / "csrc" / "layer.h", *(ROOT / "csrc" / "cuda").glob("*.[chi]*"), Path(__file__)]
+    )
+
+
+def digest_of_triton() -> str:
+    """Return a digest of what Triton compiles, and of the script that says for what."""
+    kernels = (ROOT / "spectral_ext" / "backends" / "triton").glob("*.py")
+    return _digest([*kernels, ROOT / "bench" / "triton_kernels.py"])
+
+
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def recorded_of(compiler: str, sources: str) -> list[Row]:
+    """Return the rows of a compiler, if they were recorded for the sources as they are now."""
+    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
+    if known.get(compiler) != sources:
+        return []
+    return [row for row in recorded() if row["compiler"] == compiler]
+
+
 def place(row: Row) -> tuple[str, str, int]:
     """Return where a row stands among those of its compiler."""
     return row["kernel"], row["dtype"], int(row["sm"])
@@ -174,6 +205,10 @@ def main() -> None:
     if importlib.util.find_spec("triton") is not None:
         rows += measure_triton()
     measured = {row["compiler"] for row in rows}
+    known = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
+    for compiler in measured:
+        known[compiler] = digest_of_triton() if "triton" in compiler else digest_of_cuda()
+    DIGESTS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
     table = rows + [row for row in recorded() if row["compiler"] not in measured]
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
