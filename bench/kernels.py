@@ -3,10 +3,11 @@
     python bench/kernels.py
 
 Compiles csrc/cuda/*.cu by nvcc and the Triton kernels by Triton, for several architectures, prints a
-table and writes bench/data/kernels.csv, where each compiler has its rows, and kernels.json, which
-says for which sources. What is not here is left out; no GPU is needed. The widths are read from the machine code where there is a disassembler: in
-the toolkit, on PATH, in the wheel of triton, or in that of nvidia-cuda-cuobjdump. Shared memory is
-what a kernel has of itself; nvcc's ask for theirs when they are launched.
+table and writes bench/data/kernels.csv, where each compiler has its rows, and kernels.json, which says
+for which sources. What is not here is left out; no GPU is needed. The widths are read from the machine
+code where there is a disassembler: in the toolkit, on PATH, in the wheel of triton, or in that of
+nvidia-cuda-cuobjdump. Shared memory is what a kernel has of itself; nvcc's ask for theirs when they are
+launched.
 """
 
 import csv
