@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrizations
-from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
 from ..nn import apply_spectral_norm, fuse, unfuse
+from ..nn.find import find_norms
 
 __all__ = ["SHAPES", "Layer", "Model", "load", "random_layer"]
 
@@ -115,18 +115,11 @@ def _function(path: Path, name: str) -> Callable[[], Any]:
 def _with_stock_norms(net: Module) -> Module:
     """Return a copy of a model as a user of stock has it."""
     net = unfuse(deepcopy(net))
-    if not any(_is_normalized(module) for module in net.modules()):
+    if not any(site.is_fusible for site in find_norms(net)):
         for name in apply_spectral_norm(deepcopy(net)).normalized:
             path, _, tensor_name = name.rpartition(".")
             parametrizations.spectral_norm(net.get_submodule(path), tensor_name)
     return net
-
-
-def _is_normalized(module: Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return isinstance(module, parametrizations._SpectralNorm) or any(
-        isinstance(hook, StockHook) for hook in hooks
-    )
 
 
 def _layers_of(net: Module) -> list[Layer]:

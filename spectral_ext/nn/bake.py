@@ -22,11 +22,11 @@ from .dynamic_class import (
     unwrap,
 )
 from .evaluation import in_evaluation
+from .find import find_norms
 from .group import group_of
-from .hook import GroupHook, stock_hooks
+from .hook import GroupHook
 from .hook_layout import remove_hook, was_called
-from .operator_norm import OperatorNorm
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm
+from .parametrization import SpectralNorm, StockHook
 from .register import LazyNorm
 from .sharded import is_sharded
 
@@ -215,12 +215,10 @@ class _Normalized:
 
 
 def _find(model: Module) -> Iterator[_Normalized]:
-    for module in model.modules():
-        for hook in stock_hooks(module):
-            yield _Normalized(module, hook.name, hook)
-        for name, list_ in parametrization_lists(module).items():
-            if any(isinstance(norm, (StockSpectralNorm, OperatorNorm)) for norm in list_):
-                yield _Normalized(module, name, None)
+    """Yield each tensor with a norm once, whatever is stacked on it."""
+    found = {(id(site.module), site.tensor_name): site for site in find_norms(model)}
+    for site in found.values():
+        yield _Normalized(site.module, site.tensor_name, site.norm if site.is_hook else None)
 
 
 def _find_raw(model: Module) -> list[int]:

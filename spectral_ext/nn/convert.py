@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from torch.nn import Module
 
-from .dynamic_class import parametrization_lists
-from .hook import stock_hooks
+from .find import NormSite, norms_of
 from .hook_keys import keys, vectors_of_1d
 from .parametrization import StockHook, StockSpectralNorm
 
@@ -39,39 +38,36 @@ def stock_state_dict(model: Module, layout: Layout = "parametrization") -> dict[
     result = OrderedDict(state)
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        norms = _norms(module, name, layout)
-        for tensor_name, norm in norms:
-            if isinstance(norm, StockHook) and layout == "parametrization":
-                pairs = keys(prefix, tensor_name)
+        sites = _sites(module, name, layout)
+        for site in sites:
+            pairs = keys(prefix, site.tensor_name)
+            if site.is_hook and layout == "parametrization":
                 _rename(result, dict(pairs))
-                _describe_parametrization(metadata, name, tensor_name)
-            elif isinstance(norm, StockSpectralNorm) and layout == "hook":
-                _rename(result, {key: hook for hook, key in keys(prefix, tensor_name)})
-                _describe_hook(metadata, name, tensor_name)
-            _fix_vectors_of_1d(result, prefix, tensor_name, norm.eps, layout)
-        if layout == "hook" and len(norms) > 1:
-            _weights_before_vectors(result, prefix, [tensor_name for tensor_name, _ in norms])
+                _describe_parametrization(metadata, name, site.tensor_name)
+            elif not site.is_hook and layout == "hook":
+                _rename(result, {key: hook for hook, key in pairs})
+                _describe_hook(metadata, name, site.tensor_name)
+            _fix_vectors_of_1d(result, prefix, site.tensor_name, site.norm.eps, layout)
+        if layout == "hook" and len(sites) > 1:
+            _weights_before_vectors(result, prefix, [site.tensor_name for site in sites])
     result._metadata = metadata  # type: ignore[attr-defined]
     return result
 
 
-def _norms(
-    module: Module, name: str, layout: Layout
-) -> list[tuple[str, StockHook | StockSpectralNorm]]:
-    """Return the spectral norms of a module by tensor name."""
-    found: list[tuple[str, StockHook | StockSpectralNorm]] = [
-        (hook.name, hook) for hook in stock_hooks(module)
+def _sites(module: Module, name: str, layout: Layout) -> list[NormSite]:
+    """Return the spectral norms of a module that a layout can hold."""
+    sites = [
+        site
+        for site in norms_of(module, name)
+        if site.is_hook or isinstance(site.norm, StockSpectralNorm)
     ]
-    for tensor_name, list_ in parametrization_lists(module).items():
-        norms = [norm for norm in list_ if isinstance(norm, StockSpectralNorm)]
-        if norms and len(list_) > 1 and layout == "hook":
+    for site in sites:
+        if layout == "hook" and not site.is_alone:
             raise ValueError(
-                f"{name or type(module).__name__}: {len(list_)} parametrizations are stacked on "
-                f"{tensor_name}; the layout of the hook has no place for that"
+                f"{name or type(module).__name__}: {len(site.list_)} parametrizations are stacked on "
+                f"{site.tensor_name}; the layout of the hook has no place for that"
             )
-        if norms and norms[0] is list_[0]:
-            found.append((tensor_name, norms[0]))
-    return found
+    return [site for site in sites if site.is_first]
 
 
 def _rename(state: OrderedDict[str, Any], names: dict[str, str]) -> None:

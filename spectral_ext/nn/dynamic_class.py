@@ -12,7 +12,7 @@ These classes have the names of the classes below them (quiet_class.py).
 
 import functools
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,6 @@ from torch.nn import Module, ModuleDict
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as StockSpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
 from .active import (
     Record,
@@ -50,7 +49,6 @@ __all__ = [
     "parametrization_lists",
     "refuse_to_trace_what_is_cached",
     "register",
-    "spectral_norms",
     "stock_class",
     "take_off",
     "unwrap",
@@ -65,18 +63,6 @@ _KIND = "_spectral_class"
 _MODULE_CALL = Module.__call__
 
 _fused_classes: "weakref.WeakKeyDictionary[type, weakref.ref[type]]" = weakref.WeakKeyDictionary()
-
-
-def spectral_norms(modules: Iterable[Module]) -> Iterator[tuple[Any, tuple[Module, str]]]:
-    """Yield stock's and our spectral norms of modules, each with its module and the name of its tensor."""
-    for module in modules:
-        for hook in module._forward_pre_hooks.values():
-            if type(hook) is StockHook:
-                yield hook, (module, hook.name)
-        for name, list_ in parametrization_lists(module).items():
-            for norm in list_:
-                if isinstance(norm, StockSpectralNorm):
-                    yield norm, (module, name)
 
 
 def parametrization_lists(module: Module) -> dict[str, ParametrizationList]:

@@ -3,12 +3,10 @@
 import dis
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
@@ -28,10 +26,11 @@ from .dynamic_class import (
     stock_class,
     unwrap,
 )
+from .find import NormSite, find_norms
 from .group import SpectralGroup
 from .hook import leave_groups
 from .kept import Update
-from .parametrization import SpectralNorm, StockHook, StockSpectralNorm, check_backend
+from .parametrization import SpectralNorm, StockSpectralNorm, check_backend
 from .plan import Layer
 from .register import LazyNorm
 from .select import Selector, check_selector, is_selected
@@ -39,36 +38,6 @@ from .select import Selector, check_selector, is_selected
 __all__ = ["fuse", "unfuse"]
 
 _Module = TypeVar("_Module", bound=Module)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A spectral norm in a model, of any make."""
-
-    name: str
-    module: Module
-    tensor_name: str
-    norm: StockSpectralNorm | StockHook
-
-    @property
-    def label(self) -> str:
-        cls = own_class_of(self.module)
-        path = f"{self.name}.{self.tensor_name}" if self.name else self.tensor_name
-        return f"{path} of {cls.__name__}"
-
-    def candidate(self) -> SpectralNorm:
-        """Return it as a parametrization of ours that is not registered, sharing all tensors."""
-        if isinstance(self.norm, SpectralNorm):
-            return self.norm
-        if isinstance(self.norm, StockHook):
-            return hook_layout.as_parametrization(self.module, self.norm)
-        return _from_stock(self.norm)
-
-    @property
-    def weight(self) -> Tensor:
-        if isinstance(self.norm, StockHook):
-            return cast(Tensor, self.module._parameters[f"{self.tensor_name}_orig"])
-        return parametrization_lists(self.module)[self.tensor_name].original
 
 
 def fuse(
@@ -155,11 +124,11 @@ def fuse(
         raise ValueError(f"update must be one of {get_args(Update)}, got update={update!r}")
     check_selector("include", include)
     check_selector("exclude", exclude)
-    everything = list(_find(model))
+    everything = [site for site in find_norms(model) if site.is_fusible]
     chosen = [
-        found
-        for found in everything
-        if is_selected(include, exclude, found.name, found.tensor_name, found.module)
+        site
+        for site in everything
+        if is_selected(include, exclude, site.module_name, site.tensor_name, site.module)
     ]
     lazy = ", ".join(_lazy_layers(model))
     if not chosen:
@@ -168,15 +137,15 @@ def fuse(
         else:
             why = ", they were all left out" if everything else "; apply one to its layers first"
         raise ValueError(f"{type(model).__name__} has no spectral norm to fuse{why}")
-    for found in chosen:
-        if isinstance(found.norm, StockHook):
-            hook_layout.refuse_other_tensors(found.module, found.norm, found.label)
-    candidates = [found.candidate() for found in chosen]
-    for found, candidate in zip(chosen, candidates, strict=True):
-        if isinstance(found.norm, StockHook):
-            _refuse_to_move(found.module, found.label, "fuse")
-        candidate.check(found.weight, found.label)
-        check_backend(backend, found.weight)
+    for site in chosen:
+        if site.is_hook:
+            hook_layout.refuse_other_tensors(site.module, site.norm, _label(site))
+    candidates = [_candidate(site) for site in chosen]
+    for site, candidate in zip(chosen, candidates, strict=True):
+        if site.is_hook:
+            _refuse_to_move(site.module, _label(site), "fuse")
+        candidate.check(site.original, _label(site))
+        check_backend(backend, site.original)
     if lazy:
         warnings.warn(
             f"{type(model).__name__} is fused without {lazy}, which have no weight before their first "
@@ -184,7 +153,7 @@ def fuse(
             stacklevel=2,
         )
     # The classes, made before anything changes; that of the model stays in a cache.
-    classes = {found.module: class_for_parametrizations(found.module) for found in chosen}
+    classes = {site.module: class_for_parametrizations(site.module) for site in chosen}
     # A model that is fused already loses its class when its last layer leaves the old group.
     of_model = fused_class(next(c for c in own_class_of(model).__mro__ if not is_fused(c)))
     for module in {model, *classes}:
@@ -192,13 +161,13 @@ def fuse(
     _warn_of_order(chosen)
 
     # Nothing below raises.
-    kept = {id(found.norm) for found in chosen}
+    kept = {id(site.norm) for site in chosen}
     left_out = [
-        (found.module, found.tensor_name, found.norm)
-        for found in everything
-        if id(found.norm) not in kept
-        and isinstance(found.norm, SpectralNorm)
-        and _root_of(found.norm) is model
+        (site.module, site.tensor_name, site.norm)
+        for site in everything
+        if id(site.norm) not in kept
+        and isinstance(site.norm, SpectralNorm)
+        and _root_of(site.norm) is model
     ]
     leave_groups([*(norm for _, _, norm in left_out), *candidates])
     for layer in left_out:
@@ -206,11 +175,11 @@ def fuse(
     for module in classes:
         module.__class__ = class_for_parametrizations(module)
     layers = []
-    for found, candidate in zip(chosen, candidates, strict=True):
+    for site, candidate in zip(chosen, candidates, strict=True):
         # What was made in inference mode can be written to and registered there alone.
-        tensors = [found.weight, *candidate._buffers.values()]
+        tensors = [site.original, *candidate._buffers.values()]
         with torch.inference_mode(any(x is not None and x.is_inference() for x in tensors)):
-            layers.append(_take(found, candidate))
+            layers.append(_take(site, candidate))
     for module in classes:
         add_properties(module)
     group = SpectralGroup(
@@ -306,16 +275,17 @@ def _refuse_to_move(module: Module, label: str, what: str) -> None:
         )
 
 
-def _find(model: Module) -> Iterator[_Found]:
-    """Find every spectral norm that can be taken over."""
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook) is StockHook:
-                yield _Found(name, module, hook.name, hook)
-        for tensor_name, list_ in parametrization_lists(module).items():
-            first = list_[0]
-            if type(first) in (StockSpectralNorm, SpectralNorm):
-                yield _Found(name, module, tensor_name, cast(StockSpectralNorm, first))
+def _label(site: NormSite) -> str:
+    return f"{site.qualified_name} of {own_class_of(site.module).__name__}"
+
+
+def _candidate(site: NormSite) -> SpectralNorm:
+    """Return a norm as a parametrization of ours that is not registered, sharing all tensors."""
+    if isinstance(site.norm, SpectralNorm):
+        return site.norm
+    if site.is_hook:
+        return hook_layout.as_parametrization(site.module, site.norm)
+    return _from_stock(site.norm)
 
 
 def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
@@ -328,20 +298,20 @@ def _from_stock(norm: StockSpectralNorm) -> SpectralNorm:
     return ours
 
 
-def _take(found: _Found, candidate: SpectralNorm) -> Layer:
+def _take(site: NormSite, candidate: SpectralNorm) -> Layer:
     """Register a candidate in its module."""
-    module, norm = found.module, found.norm
-    if isinstance(norm, StockHook):
+    module, norm, label = site.module, site.norm, _label(site)
+    if site.is_hook:
         hook_layout.replace_hook(module, norm, candidate)
     elif not isinstance(norm, SpectralNorm):
         # The object stays the one that it was, for those who hold it.
         norm.__dict__.update(candidate.__dict__)
         candidate = _with_class(norm, SpectralNorm)
-    weight = parametrization_lists(module)[found.tensor_name].original
+    weight = site.list_.original
     candidate.convert_vectors(compute_dtype(weight.dtype))
     candidate.mend_vectors(weight)
-    object.__setattr__(candidate, "label", found.label)
-    return Layer(found.name, module, found.tensor_name, candidate)
+    object.__setattr__(candidate, "label", label)
+    return Layer(site.module_name, module, site.tensor_name, candidate)
 
 
 def own_class_of(module: Module) -> type[Module]:
@@ -377,15 +347,15 @@ def _names_own_class(method: FunctionType) -> bool:
     return any(names[i : i + 3] in of_object for i in range(len(names)))
 
 
-def _warn_of_order(chosen: list[_Found]) -> None:
+def _warn_of_order(chosen: list[NormSite]) -> None:
     """Warn of modules whose parameters get another order, since some follow a weight that is moved."""
-    of_module: dict[Module, list[_Found]] = {}
-    for found in chosen:
-        if isinstance(found.norm, StockHook):
-            of_module.setdefault(found.module, []).append(found)
+    of_module: dict[Module, list[NormSite]] = {}
+    for site in chosen:
+        if site.is_hook:
+            of_module.setdefault(site.module, []).append(site)
     for module, taken in of_module.items():
         if _order_after(module, taken) != list(map(id, module.parameters())):
-            names = ", ".join(found.label for found in taken)
+            names = ", ".join(_label(site) for site in taken)
             warnings.warn(
                 f"{names}: fuse changes the order of the module's parameters, since other parameters follow "
                 "the weight. Optimizers find their state by position: load no optimizer checkpoint from "
@@ -395,9 +365,9 @@ def _warn_of_order(chosen: list[_Found]) -> None:
             )
 
 
-def _order_after(module: Module, taken: list[_Found]) -> list[int]:
+def _order_after(module: Module, taken: list[NormSite]) -> list[int]:
     """Return the ids of a module's parameters in the order that they have once hooks are replaced."""
-    moved = [module._parameters[f"{found.tensor_name}_orig"] for found in taken]
+    moved = [module._parameters[f"{site.tensor_name}_orig"] for site in taken]
     own = [p for p in module.parameters(recurse=False) if all(p is not other for other in moved)]
     children = {name: list(child.parameters()) for name, child in module._modules.items() if child}
     if "parametrizations" in module._modules:

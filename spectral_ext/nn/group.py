@@ -19,7 +19,8 @@ from ..normalization import Results, is_traced, normalize_layers
 from ..settings import Settings
 from .active import Part, Record, Visible, active, hidden_saves
 from .cached import put_into_cache, take_from_cache
-from .dynamic_class import GROUP, parametrization_lists, spectral_norms
+from .dynamic_class import GROUP, parametrization_lists
+from .find import find_norms
 from .history import NO_REGIONS, Regions, forward_grad_enabled, open_regions
 from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
@@ -287,7 +288,7 @@ class SpectralGroup:
         for layer in self._layers:
             self._claim(layer.parametrization)
         self.invalidate()
-        self._known = weakref.WeakSet(norm for norm, _ in spectral_norms(root.modules()))
+        self._known = weakref.WeakSet(site.norm for site in find_norms(root))
 
     def _claim(self, parametrization: SpectralNorm) -> None:
         parametrization.__dict__["_group"] = weakref.ref(self)
@@ -629,17 +630,17 @@ class SpectralGroup:
         root = self.root
         if root is None or root.__dict__.get(GROUP) is not self:
             return
-        names = {module: name for name, module in root.named_modules()}
-        norms = dict(spectral_norms(names))
-        known, self._known = self._known, weakref.WeakSet(norms)
+        sites = [site for site in find_norms(root) if site.is_fusible]
+        known, self._known = self._known, weakref.WeakSet(site.norm for site in sites)
         if known is None:  # a copy, which looks for the first time
             return
         ours = {id(layer.parametrization) for layer in self._layers}
-        for norm, (module, tensor_name) in norms.items():
+        for site in sites:
+            norm = site.norm
             if norm in known or id(norm) in ours or getattr(norm, "_group", None):
                 continue
             warnings.warn(
-                f"{names[module]}.{tensor_name} has a spectral norm but is in no group, and is computed "
+                f"{site.qualified_name} has a spectral norm but is in no group, and is computed "
                 f"alone; it came into the fused {type(root).__name__} later. Call "
                 "spectral_ext.fuse(model) again to include it.",
                 stacklevel=2,

@@ -11,7 +11,7 @@ run yet is on trial: the group advances copies of its ``u`` and ``v``, and its h
 of the root itself runs before the root enters its group, and leaves the weight to that entry.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +29,7 @@ from .sharded import is_sharded
 if TYPE_CHECKING:
     from .group import SpectralGroup
 
-__all__ = ["GroupHook", "leave_groups", "stock_hooks"]
+__all__ = ["GroupHook", "leave_groups"]
 
 
 class GroupHook(StockHook):
@@ -136,13 +136,6 @@ class GroupHook(StockHook):
         list_ = parametrization_lists(module).get(self.name)
         norm = None if list_ is None else list_._modules.get("0")
         return (list_, norm) if isinstance(norm, SpectralNorm) else None  # type: ignore[return-value]
-
-
-def stock_hooks(module: Module) -> Iterator[StockHook]:
-    """Yield PyTorch's spectral norm hooks on tensors that are not parametrized."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, StockHook) and not isinstance(hook, GroupHook):
-            yield hook
 
 
 def leave_groups(norms: Iterable[SpectralNorm]) -> None:

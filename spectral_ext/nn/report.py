@@ -16,7 +16,7 @@ from ..reference import divisor, weight_matrix
 from ..settings import LayerSettings
 from ..validation import check_weight
 from .dynamic_class import GROUP, is_fused, parametrization_lists
-from .hook import stock_hooks
+from .find import NormSite, find_norms
 from .parametrization import SpectralNorm, StockSpectralNorm
 
 if TYPE_CHECKING:
@@ -340,38 +340,36 @@ def _iterations_made(model: Module) -> dict[int, int]:
 
 def _normalized_tensors(model: Module) -> Iterator[tuple[_Place, NormalizedTensor]]:
     made = _iterations_made(model)
-    for name, module in model.named_modules():
-        prefix, cls = f"{name}." if name else "", _own_class(module)
-        for hook in stock_hooks(module):
-            weight, u, v = (getattr(module, hook.name + end) for end in ("_orig", "_u", "_v"))
-            yield (
-                (id(module), hook.name),
-                NormalizedTensor(
-                    prefix + hook.name,
-                    weight,
-                    u,
-                    v,
-                    hook.dim % weight.ndim,
-                    layer_type=cls.__name__,
-                    order="v_first",
-                    n_power_iterations=hook.n_power_iterations,
-                    is_stock=True,
-                ),
-            )
-        for tensor_name, list_ in parametrization_lists(module).items():
-            norm = list_[0]
-            if isinstance(norm, StockSpectralNorm) and not getattr(norm, "is_bypassed", False):
-                label = prefix + tensor_name
-                for place, tensor in _of_parametrization(
-                    norm, list_.original, module, tensor_name, label
-                ):
-                    yield place, dataclasses.replace(tensor, iterations=made.get(id(norm)))
+    for site in find_norms(model):
+        if site.is_hook:
+            yield _of_hook(site)
+        elif (
+            site.is_first
+            and isinstance(site.norm, StockSpectralNorm)
+            and not getattr(site.norm, "is_bypassed", False)
+        ):
+            for place, tensor in _of_parametrization(site):
+                yield place, dataclasses.replace(tensor, iterations=made.get(id(site.norm)))
 
 
-def _of_parametrization(
-    norm: StockSpectralNorm, weight: Tensor, module: Module, tensor_name: str, label: str
-) -> Iterator[tuple[_Place, NormalizedTensor]]:
+def _of_hook(site: NormSite) -> tuple[_Place, NormalizedTensor]:
+    u, v = (getattr(site.module, site.tensor_name + end) for end in ("_u", "_v"))
+    return (id(site.module), site.tensor_name), NormalizedTensor(
+        site.qualified_name,
+        site.original,
+        u,
+        v,
+        site.norm.dim % site.original.ndim,
+        layer_type=_own_class(site.module).__name__,
+        order="v_first",
+        n_power_iterations=site.norm.n_power_iterations,
+        is_stock=True,
+    )
+
+
+def _of_parametrization(site: NormSite) -> Iterator[tuple[_Place, NormalizedTensor]]:
     """Yield what a parametrization normalizes: one tensor, or its blocks."""
+    norm, weight = site.norm, site.original
     has_vectors = "_u" in norm._buffers  # a 1-D weight is its own singular vector
     settings = norm.settings if isinstance(norm, SpectralNorm) else LayerSettings()
     scale, blocks = settings.scale, settings.blocks
@@ -383,14 +381,14 @@ def _of_parametrization(
     for i, part in enumerate(weight.chunk(blocks)):
         of_part = f"[{i}]" if blocks > 1 else ""
         yield (
-            (id(module), tensor_name + of_part),
+            (id(site.module), site.tensor_name + of_part),
             NormalizedTensor(
-                label + of_part,
+                site.qualified_name + of_part,
                 part,
                 u.chunk(blocks)[i],
                 v.chunk(blocks)[i],
                 norm.dim,
-                layer_type=_own_class(module).__name__,
+                layer_type=_own_class(site.module).__name__,
                 order=settings.order,
                 n_power_iterations=getattr(norm, "n_power_iterations", None),
                 bound=scale if settings.bound is None else settings.bound,
@@ -402,18 +400,16 @@ def _of_parametrization(
 
 def _skipped(model: Module) -> dict[str, str]:
     skipped = {}
-    for name, module in model.named_modules():
-        for tensor_name, list_ in parametrization_lists(module).items():
-            label = f"{name}.{tensor_name}" if name else tensor_name
-            if getattr(list_[0], "is_bypassed", False):
-                skipped[label] = (
-                    "no forward of the fused model has called its module yet; another module may read it "
-                    "before normalization"
-                )
-            elif not isinstance(list_[0], StockSpectralNorm) and any(
-                isinstance(p, StockSpectralNorm) for p in list_
-            ):
-                skipped[label] = "it is stacked on another parametrization"
+    for site in find_norms(model):
+        if getattr(site.norm, "is_bypassed", False):
+            skipped[site.qualified_name] = (
+                "no forward of the fused model has called its module yet; another module may read it "
+                "before normalization"
+            )
+        elif isinstance(site.norm, StockSpectralNorm) and not isinstance(
+            site.list_[0], StockSpectralNorm
+        ):
+            skipped[site.qualified_name] = "it is stacked on another parametrization"
     return skipped
 
 

@@ -1,7 +1,6 @@
 """The largest singular values of a model's weights, without a trace in the model."""
 
 from collections.abc import Collection, Iterator
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -14,13 +13,10 @@ from ..validation import check_weight
 from .apply import LAYER_TYPES
 from .dynamic_class import parametrization_lists
 from .evaluation import in_evaluation
-from .hook import stock_hooks
-from .operator_norm import OperatorNorm
-from .parametrization import StockHook, StockSpectralNorm, default_dim
+from .find import NormSite, norms_of, qualified
+from .parametrization import StockSpectralNorm, default_dim
 
 __all__ = ["singular_values"]
-
-_NORMS = (StockSpectralNorm, OperatorNorm)
 
 
 def singular_values(
@@ -81,45 +77,37 @@ def _weights(
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Yield the qualified name, the weight and its ``dim`` of the tensors to look at."""
     for module_name, module in model.named_modules():
-        for tensor_name in _tensor_names(module):
-            name = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        sites: dict[str, NormSite] = {}
+        for site in norms_of(module, module_name):
+            sites.setdefault(site.tensor_name, site)  # the first norm of a tensor
+        plain = ["weight"] if not sites and isinstance(module, LAYER_TYPES) else []
+        for tensor_name in (*sites, *plain):
+            name = qualified(module_name, tensor_name)
             if names is None or name in names:
-                yield name, *_weight(module, tensor_name, normalized)
+                yield name, *_weight(module, tensor_name, sites.get(tensor_name), normalized)
 
 
-def _hooks(module: Module) -> dict[str, StockHook]:
-    return {hook.name: hook for hook in stock_hooks(module)}
-
-
-def _tensor_names(module: Module) -> list[str]:
-    """Return the names of a module's normalized tensors, or that of the weight of a plain layer."""
-    names = list(_hooks(module))
-    for name, list_ in parametrization_lists(module).items():
-        if any(isinstance(norm, _NORMS) for norm in list_):
-            names.append(name)
-    return names or (["weight"] if isinstance(module, LAYER_TYPES) else [])
-
-
-def _weight(module: Module, name: str, normalized: bool) -> tuple[Tensor, int]:
+def _weight(
+    module: Module, name: str, site: NormSite | None, normalized: bool
+) -> tuple[Tensor, int]:
     """Return one tensor, before or after its spectral norm, and the dimension of its rows."""
-    hook = _hooks(module).get(name)
-    if hook is not None:
+    if site is not None and site.is_hook:
         if normalized:
-            return hook.compute_weight(module, do_power_iteration=False), hook.dim
-        return getattr(module, f"{name}_orig"), hook.dim
+            return site.norm.compute_weight(module, do_power_iteration=False), site.norm.dim
+        return site.original, site.norm.dim
     list_ = parametrization_lists(module).get(name)
     if list_ is None:
         return getattr(module, name), default_dim(module)
-    norm = next((norm for norm in list_ if isinstance(norm, _NORMS)), None)
-    dim = norm.dim if isinstance(norm, StockSpectralNorm) else default_dim(module)
+    is_spectral = site is not None and isinstance(site.norm, StockSpectralNorm)
+    dim = site.norm.dim if site is not None and is_spectral else default_dim(module)
     # Not the attribute, which parametrize.cached() would keep.
-    return (list_() if normalized else _before_norm(list_)), dim
+    return (list_() if normalized else _before_norm(list_, site)), dim
 
 
-def _before_norm(list_: ParametrizationList) -> Tensor:
+def _before_norm(list_: ParametrizationList, site: NormSite | None) -> Tensor:
     """Return what the first spectral norm of a list gets; without one, what the list gives."""
     tensors = [list_.original] if list_.is_tensor else _originals(list_)
-    for parametrization in takewhile(lambda p: not isinstance(p, _NORMS), list_):
+    for parametrization in list(list_)[: None if site is None else site.position]:
         tensors = [parametrization(*tensors)]
     return tensors[0]
 
