@@ -9,9 +9,9 @@ from .. import ops  # noqa: F401  (the schemas come first)
 from . import PreparedForward
 
 try:
-    from .. import _C
+    from .._C import empty_cache as _empty_cache
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _empty_cache = None  # type: ignore[assignment]
     _IMPORT_ERROR = error
 
 __all__ = ["allocate", "attach", "backward", "empty_cache", "forward_", "prepare", "unavailable"]
@@ -49,12 +49,12 @@ def empty_cache() -> int:
     Returns:
         The bytes that were given back; 0 without the native library.
     """
-    return 0 if _C is None else _C.empty_cache()
+    return 0 if _empty_cache is None else _empty_cache()
 
 
 def unavailable(device: torch.device | None) -> str | None:
     """Return None if it can run on ``device``, else why not."""
-    if _C is None:
+    if _empty_cache is None:
         return f"the native library is not there ({_IMPORT_ERROR}); install with a C++ compiler"
     if device is not None and device.type != "cpu":
         return f"it computes on CPU tensors, not on {device.type}"

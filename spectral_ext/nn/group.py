@@ -26,7 +26,6 @@ from .kept import Kept, Update, is_capturing, watch_optimizers
 from .last_forward import LastForward, join_sigmas
 from .parametrization import IN_GROUP, SpectralNorm, check_backend
 from .plan import Layer, Plan, UnitTensors
-from .report import log_dict
 from .sharded import normalize_sharded
 
 __all__ = ["SpectralGroup", "group_of"]
@@ -72,7 +71,7 @@ class SpectralGroup:
         self._kept: Kept | None = None
         self._was_captured = False
         if update != "forward":
-            watch_optimizers(self)
+            watch_optimizers(self.stepped)
         self._root: weakref.ref[Module] | None = None
         self.visible = Visible()
 
@@ -126,9 +125,26 @@ class SpectralGroup:
     def log_dict(self, prefix: str = "spectral_norm/") -> dict[str, float]:
         """Return σ of every layer by name, for TensorBoard, Weights & Biases or Lightning.
 
-        One transfer from the device for all layers.
+        With one transfer from the device for all layers.
+
+        Args:
+            prefix: of all keys.
+
+        Returns:
+            ``{prefix}sigma/{qualified_name}`` for every layer, ``{prefix}sigma_min`` and
+            ``{prefix}sigma_max``; empty for a group without layers.
+
+        Raises:
+            TypeError: ``prefix`` is not a string.
         """
-        return log_dict(self, prefix)
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
+        sigmas: list[float] = self.sigmas.tolist()
+        if not sigmas:
+            return {}
+        names = [layer.qualified_name for layer in self.layers]
+        values = {f"{prefix}sigma/{name}": s for name, s in zip(names, sigmas, strict=True)}
+        return values | {f"{prefix}sigma_min": min(sigmas), f"{prefix}sigma_max": max(sigmas)}
 
     def check(self) -> None:
         """Raise if a σ was not finite in any forward since the last check, or is 0 of a weight that is not.
@@ -289,6 +305,13 @@ class SpectralGroup:
             self._claim(layer.parametrization)
         self.invalidate()
         self._known = weakref.WeakSet(site.norm for site in find_norms(root))
+
+    def is_first_with_vectors_of(self, parametrization: SpectralNorm) -> bool:
+        """Return whether no layer before this one has the same ``u``: tied layers share theirs."""
+        vector = parametrization._buffers["_u"]
+        norms = (layer.parametrization for layer in self._layers)
+        with_it = (norm for norm in norms if norm._buffers.get("_u") is vector)
+        return next(with_it, parametrization) is parametrization
 
     def _claim(self, parametrization: SpectralNorm) -> None:
         parametrization.__dict__["_group"] = weakref.ref(self)

@@ -12,7 +12,7 @@ of the root itself runs before the root enters its group, and leaves the weight 
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +23,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..normalization import is_traced
 from .active import Record, active, hidden_saves, is_plain, serving, top_hooks
 from .dynamic_class import GROUP, parametrization_lists, take_off, unwrap
-from .parametrization import LastWeight, SpectralNorm, StockHook
+from .parametrization import LastWeight, Owner, SpectralNorm, StockHook
 from .sharded import is_sharded
-
-if TYPE_CHECKING:
-    from .group import SpectralGroup
 
 __all__ = ["GroupHook", "leave_groups"]
 
@@ -140,7 +137,7 @@ class GroupHook(StockHook):
 
 def leave_groups(norms: Iterable[SpectralNorm]) -> None:
     """Remove layers from their groups; give a model its class back when no layer is left."""
-    groups: dict[SpectralGroup, list[SpectralNorm]] = {}
+    groups: dict[Owner, list[SpectralNorm]] = {}
     for norm in norms:
         group = None if norm._group is None else norm._group()
         if group is not None:

@@ -10,7 +10,8 @@ its shards: by a step of an optimizer, or together with the vectors by a checkpo
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +22,6 @@ from .active import Part
 from .parametrization import SpectralNorm
 from .plan import Plan, UnitTensors
 from .sharded import local_part
-
-if TYPE_CHECKING:
-    from .group import SpectralGroup
 
 __all__ = ["Kept", "Update", "is_capturing", "watch_optimizers"]
 
@@ -123,20 +121,26 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_groups: "weakref.WeakSet[SpectralGroup]" = weakref.WeakSet()
+_callbacks: "set[weakref.WeakMethod[Callable[[set[int]], None]]]" = set()
 _handle: Any = None
 
 
-def watch_optimizers(group: "SpectralGroup") -> None:
-    """Tell a group of all steps of optimizers from now on."""
+def watch_optimizers(callback: Callable[[set[int]], None]) -> None:
+    """Call a method after every step of any optimizer, as long as its object lives.
+
+    Args:
+        callback: gets the ``id`` of each parameter that the optimizer has.
+    """
     global _handle
-    _groups.add(group)
+    _callbacks.add(weakref.WeakMethod(callback, _callbacks.discard))
     if _handle is None:
         _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _groups:
+    if _callbacks:
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for group in list(_groups):
-            group.stepped(parameters)
+        for reference in list(_callbacks):
+            callback = reference()
+            if callback is not None:
+                callback(parameters)

@@ -2,7 +2,8 @@
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -25,9 +26,6 @@ from .active import Record, Visible, active, hidden_saves, is_plain, lookup, ser
 from .history import NO_REGIONS, Entry, open_regions
 from .sharded import is_sharded, local_part, normalize_sharded
 
-if TYPE_CHECKING:
-    from .group import SpectralGroup
-
 __all__ = [
     "GAINS",
     "INITS",
@@ -37,6 +35,7 @@ __all__ = [
     "Init",
     "LastWeight",
     "Origin",
+    "Owner",
     "SpectralNorm",
     "StockHook",
     "StockSpectralNorm",
@@ -66,6 +65,36 @@ class LastWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+
+
+class Owner(Protocol):
+    """What a layer asks of the group that it is in, or tells it."""
+
+    @property
+    def root(self) -> Module | None:
+        """The model that the group belongs to."""
+
+    @property
+    def registered(self) -> Sequence[Any]:
+        """The layers that are still registered."""
+
+    def changed(self, parametrization: "SpectralNorm") -> None:
+        """Take a setting that was assigned."""
+
+    def count_lone(self) -> None:
+        """Note that a layer was computed alone in training."""
+
+    def forget_calls(self) -> None:
+        """Hold no tensor in C++."""
+
+    def is_first_with_vectors_of(self, parametrization: "SpectralNorm") -> bool:
+        """Return whether no layer before this one has the same vectors."""
+
+    def release(self, parametrizations: "Iterable[SpectralNorm]") -> None:
+        """Give layers away."""
+
+    def trial_ended(self, parametrization: "SpectralNorm") -> None:
+        """Know that a layer has taken over the vectors of its forward."""
 
 
 class SpectralNorm(StockSpectralNorm):
@@ -107,7 +136,7 @@ class SpectralNorm(StockSpectralNorm):
     # What compiled code sees of the group, and the place of this layer in its lists.
     _visible: Visible | None = None
     _place: int = -1
-    _group: "weakref.ref[SpectralGroup] | None" = None
+    _group: "weakref.ref[Owner] | None" = None
     # Of a layer that came with PyTorch's hook: the hook (hook.py), and what it has kept.
     _hook: Any = None
     _last_weight: LastWeight | None = None
@@ -463,9 +492,7 @@ class SpectralNorm(StockSpectralNorm):
         group = None if self._group is None else self._group()
         if group is None or keep_vars or self.is_vector:
             return
-        vector = self._buffers["_u"]
-        norms = (layer.parametrization for layer in group._layers)
-        if next((norm for norm in norms if norm._buffers.get("_u") is vector), self) is not self:
+        if not group.is_first_with_vectors_of(self):
             for name in ("_u", "_v"):
                 destination[prefix + name] = destination[prefix + name].clone()
 

@@ -22,8 +22,6 @@ from .parametrization import SpectralNorm, StockSpectralNorm
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .group import SpectralGroup
-
 __all__ = ["NormalizedTensor", "Report", "Row", "log_dict", "report"]
 
 
@@ -294,29 +292,10 @@ def report(model: Module, *, exact: bool = False) -> Report:
     return Report(rows, _skipped(model), product, why)
 
 
-def log_dict(group: "SpectralGroup", prefix: str = "spectral_norm/") -> dict[str, float]:
-    """Return σ of every layer for a logger, with one transfer from the device for all of them.
-
-    Args:
-        group: of a fused model; its σ are those of the last forward.
-        prefix: of all keys.
-
-    Returns:
-        ``{prefix}sigma/{qualified_name}`` for every layer, ``{prefix}sigma_min`` and
-        ``{prefix}sigma_max``; empty for a group without layers. Lightning's ``log_dict`` and
-        ``wandb.log`` take it as it is.
-
-    Raises:
-        TypeError: ``prefix`` is not a string.
-    """
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
-    sigmas: list[float] = group.sigmas.tolist()
-    if not sigmas:
-        return {}
-    names = [layer.qualified_name for layer in group.layers]
-    values = {f"{prefix}sigma/{name}": s for name, s in zip(names, sigmas, strict=True)}
-    return values | {f"{prefix}sigma_min": min(sigmas), f"{prefix}sigma_max": max(sigmas)}
+def log_dict(group: Any, prefix: str = "spectral_norm/") -> dict[str, float]:
+    """Return ``group.log_dict(prefix)``, of a :class:`spectral_ext.SpectralGroup`."""
+    values: dict[str, float] = group.log_dict(prefix)
+    return values
 
 
 # The spectral norms of a model.
