@@ -71,7 +71,7 @@ class SpectralGroup:
         self._kept: Kept | None = None
         self._was_captured = False
         if update != "forward":
-            watch_optimizers(self.stepped)
+            watch_optimizers(self)
         self._root: weakref.ref[Module] | None = None
         self.visible = Visible()
 

@@ -10,8 +10,7 @@ its shards: by a step of an optimizer, or together with the vectors by a checkpo
 """
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -121,26 +120,27 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-_callbacks: "set[weakref.WeakMethod[Callable[[set[int]], None]]]" = set()
+class Watcher(Protocol):
+    """What is told of the steps of optimizers."""
+
+    def stepped(self, parameters: set[int]) -> None:
+        """Know that an optimizer has made a step; it gets the ``id`` of each of its parameters."""
+
+
+_groups: "weakref.WeakSet[Watcher]" = weakref.WeakSet()
 _handle: Any = None
 
 
-def watch_optimizers(callback: Callable[[set[int]], None]) -> None:
-    """Call a method after every step of any optimizer, as long as its object lives.
-
-    Args:
-        callback: gets the ``id`` of each parameter that the optimizer has.
-    """
+def watch_optimizers(group: Watcher) -> None:
+    """Tell a group of all steps of optimizers from now on."""
     global _handle
-    _callbacks.add(weakref.WeakMethod(callback, _callbacks.discard))
+    _groups.add(group)
     if _handle is None:
         _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _callbacks:
+    if _groups:
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for reference in list(_callbacks):
-            callback = reference()
-            if callback is not None:
-                callback(parameters)
+        for group in list(_groups):
+            group.stepped(parameters)
