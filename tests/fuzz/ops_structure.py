@@ -154,6 +154,9 @@ def copy_block_in_place(pair: Pair, block: str) -> None:
     """``model.block = deepcopy(model.block)``; a copied layer is computed alone, so it is fused again."""
     skip_unless(pair.is_fused)
     skip_unless(all(isinstance(n.norm, spectral_ext.nn.SpectralNorm) for n in pair.fused.norms()))
+    # An RNN reads some weights from a list that a copy renews, and so reads, and iterates, more often.
+    modules = pair.twin.model.get_submodule(block).modules()
+    skip_unless(not any(isinstance(module, nn.RNNBase) for module in modules))
     parent = pair.fused.model.get_submodule(block.rpartition(".")[0])
     setattr_of(
         parent, block.rpartition(".")[2], copy.deepcopy(pair.fused.model.get_submodule(block))
