@@ -331,5 +331,6 @@ class TwinGroup:
                 norm.norm.training = True
                 getattr(norm.module, norm.tensor)
                 norm.norm.training = before
+        self.sigmas_before, self.sigmas = self.sigmas, {id(n.norm): n.sigma() for n in members}
         if not self.was_captured and any(norm.training for norm in members):
             self.kept, self.kept_state = [True] * len(members), self.state(members)
