@@ -28,6 +28,11 @@ def exception_in_the_forward(side: Side, seed: int) -> bool:
     def fail(module: Any, args: Any) -> None:
         raise ZeroDivisionError
 
+    # A layer that was fused since its last call is on trial: it has advanced once its hook has run.
+    pairs = zip(side.pair.fused.norms(), side.pair.twin.norms(), strict=True)
+    hooks = [(getattr(mine.norm, "_hook", None), twin.norm) for mine, twin in pairs]
+    agree = all(mine is None or mine.called == twin.called for mine, twin in hooks)
+    skip_unless(side.is_twin or agree)
     block = side.blocks()[-1][1]
     handle = block.register_forward_pre_hook(fail)
     try:
